@@ -1,12 +1,17 @@
 """A GPU against the CPU, without Ray: the gradient and the resize are the same, and each precision lowers the loss."""
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from raydet.config import PredictConfig
+from raydet.engines.engine import can_use_gpu
+from raydet.engines.loading import load_engine
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.collate import collate
 from raydet.models.detector import Detector
@@ -87,3 +92,19 @@ def test_steps_lower_the_loss(dtype: torch.dtype | None) -> None:
         apply_gradients(detector.model, optimizer, max_grad_norm=0.1, scaler=setting.scaler)
         losses.append(float(torch.stack(list(result.terms.values())).sum()))
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(not can_use_gpu("onnx"), reason="onnxruntime-gpu is not installed")
+def test_onnx_runtime_finds_what_torch_finds(tmp_path: Path) -> None:
+    folder = str(tmp_path / "model")
+    detector = _build("rt_detr_v2_tiny", "cpu")
+    detector.model.eval()
+    detector.save(folder)
+    config = PredictConfig(checkpoint=folder, data="images", out="out", engine="onnx")
+    images = [np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8) for _ in range(3)]
+    found = []
+    for engine in ("torch", "onnx"):
+        loaded = load_engine(dataclasses.replace(config, engine=engine), device="cuda", num_threads=1)
+        found.append(loaded.start(loaded.prepare(images))())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)

@@ -9,16 +9,16 @@ import pyarrow as pa
 
 from raydet.common.errors import UserError
 from raydet.config import BrowseConfig
-from raydet.images.collection import INDEX_FILE, Collection, TableCollection, VideoCollection, open_collection
+from raydet.images.collection import Collection, TableCollection, VideoCollection, open_collection
 from raydet.measuring.answers.columns import Answers, read_answers
 from raydet.measuring.detections import Scored, read_detections
 from raydet.measuring.joining import ImageKeys, list_images
 from raydet.measuring.truth import Truth, extra_columns, read_truth
 from raydet.reporting.judging import read_scored, score_threshold
 from raydet.reporting.run_tables import RunTables, read_run
+from raydet.selection.scored_files import scored_collection
 from raydet.tables import storage
 from raydet.tables.columns import Integers, TruthColumns, image_ids_in, image_places, places_in
-from raydet.tables.output_folder import OutputFolder
 from raydet.tables.schema import Category
 from raydet.tables.table import Table, is_table, open_table
 
@@ -185,12 +185,10 @@ def _scored_images(config: BrowseConfig, table: Table, notes: list[str]) -> Coll
             )
         return given
     try:
-        record = OutputFolder(table.uri, "predict").record()
-        data = None if record is None else record.identity.get("data")
-        if not isinstance(data, str):
+        found = scored_collection(table)
+        if found is None:
             raise UserError("the folder does not record what was scored; name it with --images")
-        index = storage.join(table.uri, INDEX_FILE)
-        return open_collection(data, index_uri=index if storage.exists(index) else None)
+        return found
     except (UserError, OSError) as error:
         notes.append(f"Pictures are not shown: {error}")
         return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from raydet.cli.rounds import LoopResult, Round, is_stuck, name_of, read_rounds, write_rounds
+from raydet.common.class_names import indices_in, is_unused
 from raydet.common.console import CommandResult, Console
 from raydet.common.errors import UserError
 from raydet.config import (
@@ -272,11 +273,16 @@ def _check(plan: _Plan, console: Console) -> None:
     if config.truth == config.val_data:
         console.line("--truth is also --val-data, whose best epoch is chosen: this favours new models slightly")
     truth = open_table(config.truth, "images")
+    require(truth.num_rows > 0 and bool(truth.categories), f"--truth {truth.uri} has no images, or none with labels")
+    names = [category.name for category in truth.categories]
+    places = indices_in(names, [category.name for category in model.categories]).tolist()
+    missing = [name for number, name in enumerate(names) if places[number] < 0 and not is_unused(name, number)]
+    require(not missing, f"--truth {truth.uri} has classes that --checkpoint does not know: {', '.join(missing)}")
     for name in plan.evaluate.slice_by:
         known = name in PROPERTIES or name in truth.schema.names
         require(known, f"--evaluate: slice_by names {name}, which is no column of {truth.uri}")
     check(plan.train)
-    open_images(plan.labels)
+    require(open_images(plan.labels).table.num_rows > 0, f"--unlabelled {config.unlabelled} has no images")
     try:
         check_thresholds(plan.labels, [category.name for category in model.categories])
     except UserError as error:

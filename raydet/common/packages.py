@@ -1,6 +1,7 @@
 """Checks for optional packages that raydet's extras install."""
 
 import importlib.util
+from pathlib import Path
 
 from raydet.common.errors import UserError
 
@@ -23,3 +24,11 @@ def require_packages(extra: str) -> None:
     missing = [name for name in _PACKAGES[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'{extra} requires {", ".join(missing)}; run: pip install "raydet[{extra}]"')
+
+
+def has_onnxruntime_gpu() -> bool:
+    """Return whether the installed ONNX Runtime is the package for NVIDIA GPUs, without importing it."""
+    spec = importlib.util.find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return False
+    return any(Path(spec.origin).parent.glob("capi/*onnxruntime_providers_cuda*"))

@@ -13,14 +13,15 @@ Criterion = Literal["uncertainty", "rare", "disagreement", "diversity"]
 class InspectConfig:
     """An images table → one HTML page: statistics, suspicious labels, and images as training sees them."""
 
-    data: str = option("images table")
-    out: str = option("folder to write: inspect.html, and the tables with its numbers", operational=True)
-    val_data: str | None = option(
-        "second images table to compare with the first: class shares, sizes, identical images", None
+    data: str | list[str] = option(
+        "images table, or several to train on together; TABLE:WEIGHT shows each of its images WEIGHT times per epoch",
+        value="TABLE[:WEIGHT] ...",
     )
+    out: str = option("folder to write: inspect.html, and the tables with its numbers", operational=True)
+    val_data: str | None = option("images table to compare with --data: class shares, sizes, identical images", None)
     train_config: str | None = option(
-        "training config (YAML); the images are shown with its model, image_size, augmentation and seed; by default "
-        "as the recipe of the model decides",
+        "training config (YAML), for its rename_classes and repeat_rare; the images are shown with its model, "
+        "image_size, augmentation and seed; by default as the recipe of the model decides",
         None,
     )
     augmentation: AugmentationSpec | None = option(
@@ -32,6 +33,7 @@ class InspectConfig:
     seed: int = option("seed of the sample of images", 0)
 
     def __post_init__(self) -> None:
+        require(self.data != [], "--data must name at least one images table")
         require_not_negative(self, "num_images", "seed")
 
 

@@ -71,8 +71,8 @@ class PredictConfig(WorkersConfig):
     )
 
     engine: Engine = option(
-        'engine that runs the model; openvino and onnx run on CPUs and need pip install "raydet[openvino]" or '
-        '"raydet[onnx]"',
+        'engine that runs the model; openvino runs on CPUs and needs pip install "raydet[openvino]", onnx needs '
+        '"raydet[onnx]", and onnxruntime-gpu instead of onnxruntime to use GPUs',
         "torch",
         group="Model",
     )
@@ -248,8 +248,8 @@ class PredictConfig(WorkersConfig):
             "--resize-on device needs --checkpoint: a zero-shot model resizes with its own image processor",
         )
         require(
-            self.engine == "torch" or not self.use_gpu,
-            f"--engine {self.engine} runs on CPUs: omit --use-gpu, or choose --engine torch",
+            self.engine != "openvino" or not self.use_gpu,
+            "--engine openvino runs on CPUs: omit --use-gpu, or choose --engine torch or onnx",
         )
         require(
             self.engine == "torch" or self.model is None,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raydet.common.errors import UserError
-from raydet.common.packages import require_packages
+from raydet.common.packages import has_onnxruntime_gpu, require_packages
 from raydet.common.untrusted.documents import DocumentError, parse_json
 from raydet.config import PredictConfig
 from raydet.models.families import FAMILIES, check_graph_sizes
@@ -76,10 +76,25 @@ def check_engine(config: PredictConfig, model_type: str) -> None:
             f"--engine onnx runs in fp32 only, but --precision is {precision}; --engine torch and openvino support bf16"
         )
     require_packages(engine)
+    if config.use_gpu and not can_use_gpu(engine):
+        raise no_gpu_package()
     family = FAMILIES[model_type]
     if family.graph_has_one_size:
         keeps_aspect, where = _keeps_aspect(_processor(config)), str(config.checkpoint)
         check_graph_sizes(family, keeps_aspect=keeps_aspect, where=where, remedy=TORCH_INSTEAD)
+
+
+def can_use_gpu(engine: str) -> bool:
+    """Return whether an engine, as it is installed, runs on GPUs where there are any."""
+    return engine == "torch" or (engine == "onnx" and has_onnxruntime_gpu())
+
+
+def no_gpu_package() -> UserError:
+    """Make the error for ONNX Runtime's package for CPUs if a GPU is required."""
+    return UserError(
+        "--use-gpu with --engine onnx needs ONNX Runtime for GPUs, but its package for CPUs is installed; replace "
+        "onnxruntime with onnxruntime-gpu, or omit --use-gpu"
+    )
 
 
 def no_fp16_on_cpu(engine: str | None = None) -> UserError:

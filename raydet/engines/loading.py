@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
-from raydet.engines.engine import Engine, no_fp16_on_cpu
+from raydet.engines.engine import Engine, can_use_gpu, no_fp16_on_cpu, no_gpu_package
 from raydet.models.adapters.description import AdapterFolder, read_adapters
 from raydet.models.geometry import ResizeRule
 
@@ -36,11 +36,15 @@ def device_here(*, use_gpu: bool | None, precision: str, engine: str | None = No
     """Choose the device of a model in this process, cpu or cuda; `engine` is None for a command that has only torch.
 
     Raises:
-        UserError: A GPU is required that torch does not see, or a precision that needs one.
+        UserError: A GPU is required that torch does not see or the engine's package cannot use, or a precision that
+            needs one.
     """
     import torch
 
-    has_gpu = engine in (None, "torch") and use_gpu is not False and torch.cuda.is_available()
+    own = engine or "torch"
+    if use_gpu and not can_use_gpu(own):
+        raise no_gpu_package()
+    has_gpu = use_gpu is not False and can_use_gpu(own) and torch.cuda.is_available()
     if use_gpu and not has_gpu:
         raise UserError("--use-gpu requires a GPU, but this machine has none; omit --use-gpu")
     if precision == "fp16" and not has_gpu:
@@ -54,7 +58,7 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
     Args:
         config: `checkpoint` or `model`, `engine`, `precision`, `compile`, `channels_last`, `pad_batches` and
             `resize_on` are read.
-        device: cpu, cuda or cuda:N; openvino and onnx always run on the CPU.
+        device: cpu, cuda or cuda:N; openvino always runs on the CPU.
         num_threads: Compute threads on the CPU; for torch, those of the process.
 
     Raises:
@@ -77,7 +81,7 @@ def load_engine(config: PredictConfig, *, device: str, num_threads: int) -> Engi
         return OpenVinoEngine.load(config, num_threads=num_threads)
     from raydet.engines.onnx_engine import OnnxEngine
 
-    return OnnxEngine(config, num_threads=num_threads)
+    return OnnxEngine(config, device=device, num_threads=num_threads)
 
 
 def load_adapted_engines(

@@ -32,8 +32,9 @@ from raydet.tables import storage
 from raydet.tables.columns import bytes_of, numbers_of
 from raydet.tables.table import Table, is_table, open_table
 
-INDEX_FILE = ".inputs.parquet"
-"""Name of the index in the folder of a run that scores images."""
+_INDEX_FILE = ".inputs"
+"""Without the ending of the table's files: in DuckDB, `*.parquet` matches hidden files too."""
+_EARLIER_INDEX_FILE = ".inputs.parquet"
 INDEX_GROUP_ROWS = 2**16
 """Rows per row group of an index, the minimum that a read loads."""
 _ID_FIELD = pa.field("image_id", pa.int64())
@@ -229,6 +230,12 @@ class VideoCollection(Collection):
         with _open_parquet(self.index) as file:
             for rows in _overlapping(file, start, stop, ListedFrame._fields):
                 yield from map(ListedFrame, *(column.to_pylist() for column in rows.columns))
+
+
+def index_in(folder: str) -> str:
+    """Return the URI of the index in the folder of a run that scores images, also of one by an earlier version."""
+    earlier = storage.join(folder, _EARLIER_INDEX_FILE)
+    return earlier if storage.exists(earlier) else storage.join(folder, _INDEX_FILE)
 
 
 def open_collection(

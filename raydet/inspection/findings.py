@@ -47,6 +47,7 @@ class DataFinding:
     Attributes:
         split: `data` or `val`.
         kind: Key of `MEANINGS`, or a kind reported by `prepare`.
+        table: URI of the table with the affected image; None if the finding does not concern a single table.
         image_id: Affected image; None if it does not concern a single image.
         path: Path of that image; may be empty.
         category: Class name; None if it does not concern a single class.
@@ -54,6 +55,7 @@ class DataFinding:
 
     split: str
     kind: str
+    table: str | None = None
     image_id: int | None = None
     path: str = ""
     category: str | None = None
@@ -113,6 +115,7 @@ def add_row_findings(findings: Findings, rows: Rows, split: str, names: Sequence
             return DataFinding(
                 split=split,
                 kind=kind,
+                table=rows.table,
                 image_id=int(rows.image_ids[row]),
                 path=rows.paths[row].as_py(),
                 category=None if category is None else names[category],

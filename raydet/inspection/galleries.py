@@ -17,7 +17,9 @@ from raydet.images.references import image_bytes
 from raydet.inspection.picks import Pick
 from raydet.models.geometry import Image
 from raydet.reporting.galleries import data_uri
+from raydet.tables.schema import LABELLED_COLUMN
 from raydet.tables.table import Table
+from raydet.training.feeding.mixture import Mixture
 from raydet.training.feeding.ordering import RunPlan
 
 MOST_PAIRS = 160
@@ -99,13 +101,13 @@ class ClassGallery:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstEpoch:
-    """View of a table's images in the first epoch of a training run.
+    """View of the images in the first epoch of a training run; one that it does not show is seen as in its first step.
 
     Attributes:
         plan: Assignment of rows to steps, and of mixing partners to rows.
     """
 
-    table: Table
+    table: Table | Mixture
     plan: RunPlan
     view: View
 
@@ -120,15 +122,17 @@ class FirstEpoch:
             Position, row, decoded image and augmented image, in table order; None and the reason for an image that
             cannot be read.
         """
-        steps = self.plan.steps_of_rows(0)
+        steps = np.maximum(self.plan.steps_of_rows(0), 0)
         partners = {at: self.plan.partner_rows(0, int(steps[at]), at) for at in positions} if self.view.mixes(0) else {}
-        needed = {row for one in partners.values() for row in (*one.mosaic, *one.mixup)}
+        # A repetition of a row, within the epoch, has a number beyond the rows.
+        num_rows = self.plan.num_rows
+        needed = {row % num_rows for one in partners.values() for row in (*one.mosaic, *one.mixup)}
         others = {at: _content(row) for at, row in self.table.rows_at(sorted(needed))}
         for at, scalar in self.table.rows_at(positions):
             row = _content(scalar)
             if at in partners:
-                row["mosaic"] = [others[other] for other in partners[at].mosaic]
-                row["mixup"] = [others[other] for other in partners[at].mixup]
+                row["mosaic"] = [others[other % num_rows] for other in partners[at].mosaic]
+                row["mixup"] = [others[other % num_rows] for other in partners[at].mixup]
             try:
                 image, _ = decoded(image_bytes(row["image"]), max_pixels=self.view.max_pixels)
             except DecodeError as error:
@@ -139,7 +143,8 @@ class FirstEpoch:
 
 
 def _content(row: pa.StructScalar) -> dict[str, Any]:
-    return {name: row[name].as_py() for name in ("image_id", "image", "width", "height", "objects")}
+    names = ["image_id", "image", "width", "height", "objects"]
+    return {name: row[name].as_py() for name in (*names, LABELLED_COLUMN) if name in row.type.names}
 
 
 def _pairs(

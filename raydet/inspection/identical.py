@@ -1,7 +1,7 @@
 """Images that are in two tables: the same bytes, or the same path if a table contains only paths."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,15 +20,16 @@ _Hashes = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Twin:
-    """Image in both tables: its id and path in the first table, and its id in the second."""
+    """Image in two tables: the first table, its id and path there, and its id in the second."""
 
+    table: str
     image_id: int
     path: str
     val_image_id: int
 
 
-def identical_images(data: Table, val: Table) -> Iterator[Twin]:
-    """Yield the images of the first table that are also in the second one, in the first table's order.
+def identical_images(data: Sequence[Table], val: Table) -> Iterator[Twin]:
+    """Yield the images of some tables that are also in another one, in the order of the first.
 
     Bytes are compared by 64 bits of BLAKE2b: for two tables of a million images each, the probability of a false match
     is 5e-8. The second table takes 24 bytes of memory per image.
@@ -36,7 +37,9 @@ def identical_images(data: Table, val: Table) -> Iterator[Twin]:
     lengths, hashes, image_ids = _read_all(val)
     order = np.argsort(hashes, kind="stable")
     hashes, image_ids, known_lengths = hashes[order], image_ids[order], np.unique(lengths)
-    for batch in data.iter_batches(["image_id", "image"], batch_size=_BATCH_ROWS):
+    columns = ["image_id", "image"]
+    batches = ((table.uri, batch) for table in data for batch in table.iter_batches(columns, batch_size=_BATCH_ROWS))
+    for uri, batch in batches:
         images = batch.column("image")
         # Nearly all images differ in length, which is free to compare.
         rows = np.flatnonzero(np.isin(_lengths(images), known_lengths))
@@ -44,7 +47,7 @@ def identical_images(data: Table, val: Table) -> Iterator[Twin]:
         places, is_known = places_in(hashes, own)
         for row, place in zip(rows[is_known].tolist(), places[is_known].tolist(), strict=True):
             path = images[row]["path"].as_py() or ""
-            yield Twin(batch.column("image_id")[row].as_py(), path, int(image_ids[place]))
+            yield Twin(uri, batch.column("image_id")[row].as_py(), path, int(image_ids[place]))
 
 
 def _read_all(table: Table) -> tuple[Integers, _Hashes, Integers]:

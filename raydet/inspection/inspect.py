@@ -1,14 +1,16 @@
 """Images table → HTML page with statistics, findings, and the model's view of the images in training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from raydet.common.console import Console, aligned
+from raydet.common.console import Console, aligned, counted
 from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
+from raydet.common.redaction import without_secrets
 from raydet.config import InspectConfig, TrainConfig, config_hash, identity
 from raydet.config.fields import with_options
 from raydet.config.options import load_file
@@ -17,12 +19,15 @@ from raydet.inspection.findings import MEANINGS, DataFinding, Findings, add_clas
 from raydet.inspection.identical import identical_images
 from raydet.inspection.picks import Picker
 from raydet.inspection.prepared import add_prepared_findings, preparation_of
-from raydet.inspection.rows import stream_rows
+from raydet.inspection.rows import stream_mixture
 from raydet.inspection.tables import FOLDERS, PAGE_FILE, drifts, write_tables
 from raydet.models.recipes.resolve import resolve
 from raydet.tables.output_folder import OutputFolder, open_folder
-from raydet.tables.table import Table, open_table
+from raydet.tables.table import open_table
+from raydet.training.feeding.counts import EpochShare, lines_of, shown_of
+from raydet.training.feeding.mixture import Mixture
 from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.sources import merged, weighted, with_absolute_sources, with_repeats
 from raydet.training.recovery.overrides import given_settings
 
 _MOST_CLASSES_IN_LINES = 20
@@ -38,6 +43,7 @@ class Inspection(Shown):
         names: Class names by index.
         counts: Counts by split: `data`, and `val` if given.
         num_images_shown: Number of images shown on the page.
+        sources: What an epoch of training shows of each table of `data`, if there are several or images are repeated.
     """
 
     out: str
@@ -47,12 +53,14 @@ class Inspection(Shown):
     counts: dict[str, Counts]
     findings: Findings
     num_images_shown: int
+    sources: tuple[EpochShare, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the summary as text."""
         lines = []
         for split, counts in self.counts.items():
-            about = f"{counts.num_images:,} images, {counts.num_boxes:,} boxes, {counts.num_classes:,} classes"
+            parts = ((counts.num_images, "image", "images"), (counts.num_boxes, "box", "boxes"))
+            about = ", ".join(counted(*part) for part in (*parts, (counts.num_classes, "class", "classes")))
             lines.append(about if split == "data" else f"validation: {about}")
         counts = self.counts["data"]
         rows: list[tuple[str, ...]] = [("class", "boxes", "images", "small", "medium", "large")]
@@ -63,6 +71,7 @@ class Inspection(Shown):
         lines += ["", *aligned(rows)] if order else []
         if len(order) > _MOST_CLASSES_IN_LINES:
             lines.append(f"… and {len(order) - _MOST_CLASSES_IN_LINES:,} classes with fewer boxes")
+        lines += ["", *lines_of(self.sources, self.names)] if self.sources else []
         lines += ["", *self._finding_lines(), f"page ({self.num_bytes / 1e6:.1f} MB): {self.page}"]
         return lines
 
@@ -83,34 +92,39 @@ class Inspection(Shown):
 def inspect(config: InspectConfig, *, console: Console | None = None) -> Inspection:
     """Write OUT/inspect.html and the tables next to it.
 
-    The table is streamed without its image bytes, and memory does not grow with its rows. Image bytes are read only for
-    the images that are drawn, and for all images to compare them with `val_data`.
+    Several tables are mixed as in training. Each is streamed without its image bytes, and memory does not grow with its
+    rows, except for a few numbers per image that plan the epoch. Image bytes are read only for the images that are
+    drawn, and for all images to compare them with `val_data`.
 
     Raises:
         UserError: The images table is missing or empty, an augmentation, model or training config is invalid, or OUT
             holds other files. Nothing has been written in that case.
     """
-    tables = {"data": _open(config.data)}
+    sources = weighted(config.data, "data")
+    training = with_absolute_sources(_training(config, sources[0][0]))
+    tables = {"data": _open(sources, training)}
     if config.val_data is not None:
-        tables["val"] = _open(config.val_data)
+        tables["val"] = _open([(config.val_data, 1.0)], training)
     with open_folder(config.out, command="inspect") as folder:
         own_identity = identity(config) | {
-            "data": tables["data"].uri,
+            "data": training.train_data,
             "val_data": tables["val"].uri if "val" in tables else None,
         }
         folder.admit(own_identity, folders=tuple(FOLDERS), is_disposable=not folder.exists(PAGE_FILE))
         with (console or Console()).progress("loading the view of the model") as progress:
-            return _inspect_into(folder, own_identity, config, tables, progress)
+            return _inspect_into(folder, own_identity, config, training, tables, progress)
 
 
 def _inspect_into(
     folder: OutputFolder,
     own_identity: dict[str, Any],
     config: InspectConfig,
-    tables: dict[str, Table],
+    given: TrainConfig,
+    tables: dict[str, Mixture],
     progress: Progress,
 ) -> Inspection:
-    training = resolve(_training(config), num_images=tables["data"].num_rows, gpus=lambda: 0).config
+    data = tables["data"] = with_repeats(tables["data"], given.repeat_rare)
+    training = resolve(given, num_images=data.num_shown, gpus=lambda: 0).config
     # Imported only now: they import torch, which takes seconds that an invalid option should not cost.
     from raydet.augmentation.transforms import check_augmentation
     from raydet.augmentation.view import View
@@ -128,16 +142,17 @@ def _inspect_into(
     _add_prepared(findings, tables)
     if "val" in tables:
         progress.begin("comparing with the validation data")
-        _compare(tables["data"], tables["val"], counts, findings)
+        _compare(data, tables["val"], counts, findings)
+    sources = tuple(shown_of(data)) if len(data.sources) > 1 or data.repeats is not None else ()
     first_epoch = FirstEpoch(
-        table=tables["data"],
-        plan=RunPlan.of_training(training, tables["data"], num_val=0),
+        table=data,
+        plan=RunPlan.of_training(training, data, num_val=0),
         view=View.of_training(training, rule, step_rules),
     )
     progress.begin("drawing")
     galleries = draw_galleries(first_epoch, picker.picks(config.num_images), counts["data"].boxes)
     categories = {split: table.categories for split, table in tables.items()}
-    page = render(tables, counts, findings, galleries, training).encode()
+    page = render(tables, counts, findings, galleries, training, sources).encode()
 
     folder.delete_file(PAGE_FILE)
     folder.begin(own_identity, folders=tuple(FOLDERS))
@@ -147,25 +162,32 @@ def _inspect_into(
         out=folder.uri,
         page=folder.uri_of(PAGE_FILE),
         num_bytes=len(page),
-        names=tuple(category.name for category in tables["data"].categories),
+        names=tuple(category.name for category in data.categories),
         counts=counts,
         findings=findings,
         num_images_shown=sum(len(gallery.pairs) for gallery in galleries),
+        sources=sources,
     )
 
 
-def _open(uri: str) -> Table:
-    table = open_table(uri, "images")
-    if not table.num_rows:
-        raise UserError(f"the images table {table.uri} has no rows to inspect")
-    return table
+def _open(sources: Sequence[tuple[str, float]], training: TrainConfig) -> Mixture:
+    """Open tables, given by URI and weight, with the new names of their classes."""
+    assert not isinstance(training.rename_classes, str), "`with_absolute_sources` reads the file"
+    opened = [open_table(uri, "images") for uri, _ in sources]
+    for table in opened:
+        if not table.num_rows:
+            raise UserError(f"the images table {table.uri} has no rows to inspect")
+    return merged(opened, [weight for _, weight in sources], training.rename_classes or {})
 
 
-def _training(config: InspectConfig) -> TrainConfig:
-    """Return the training config whose view is shown: the recipe, or train's defaults, with the overriding options."""
+def _training(config: InspectConfig, first: str) -> TrainConfig:
+    """Return the training config whose view is shown: the recipe, or train's defaults, with the overriding options.
+
+    A training needs validation data: the first table if the config has none.
+    """
     given = {name: getattr(config, name) for name in ("augmentation", "model", "image_size")}
     given = {name: value for name, value in given.items() if value is not None}
-    paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or config.data, "out": config.out}
+    paths: dict[str, Any] = {"train_data": config.data, "val_data": config.val_data or first, "out": config.out}
     if config.train_config is None:
         return TrainConfig(**paths, **given)
     training = load_file(TrainConfig, config.train_config, **paths, **given)
@@ -173,11 +195,11 @@ def _training(config: InspectConfig) -> TrainConfig:
 
 
 def _count(
-    table: Table, split: str, findings: Findings, model_side_px: int, picker: Picker | None, progress: Progress
+    table: Mixture, split: str, findings: Findings, model_side_px: int, picker: Picker | None, progress: Progress
 ) -> Counts:
     names = [category.name for category in table.categories]
     counts = Counts(len(names))
-    for rows in progress.over(stream_rows(table), count=lambda rows: len(rows.image_ids)):
+    for rows in progress.over(stream_mixture(table), count=lambda rows: len(rows.image_ids)):
         counts.add(rows)
         add_row_findings(findings, rows, split, names, model_side_px)
         if picker is not None:
@@ -186,10 +208,10 @@ def _count(
     return counts
 
 
-def _add_prepared(findings: Findings, tables: dict[str, Table]) -> None:
-    """Add the findings of `prepare`, only once if both tables come from one preparation."""
+def _add_prepared(findings: Findings, tables: dict[str, Mixture]) -> None:
+    """Add the findings of `prepare`, only once if several tables come from one preparation."""
     seen: set[str] = set()
-    for split, table in tables.items():
+    for split, table in ((split, source.table) for split, mixture in tables.items() for source in mixture.sources):
         preparation = preparation_of(table)
         if preparation is not None:
             is_first = preparation.uri not in seen
@@ -197,13 +219,13 @@ def _add_prepared(findings: Findings, tables: dict[str, Table]) -> None:
             seen.add(preparation.uri)
 
 
-def _compare(data: Table, val: Table, counts: dict[str, Counts], findings: Findings) -> None:
-    """Add findings for images that both tables have, and for classes with boxes in only one of them."""
-    for twin in identical_images(data, val):
+def _compare(data: Mixture, val: Mixture, counts: dict[str, Counts], findings: Findings) -> None:
+    """Add findings for images that both splits have, and for classes with boxes in only one of them."""
+    (validated,) = (source.table for source in val.sources)
+    for twin in identical_images([source.table for source in data.sources], validated):
+        about = {"table": without_secrets(twin.table), "image_id": twin.image_id, "path": twin.path}
         detail = f"image {twin.val_image_id} of the validation data"
-        findings.add(
-            DataFinding(split="data", kind="identical_images", image_id=twin.image_id, path=twin.path, detail=detail)
-        )
+        findings.add(DataFinding(split="data", kind="identical_images", detail=detail, **about))
     labelled = {
         split: {table.categories[index].name: None for index in np.flatnonzero(counts[split].boxes).tolist()}
         for split, table in (("data", data), ("val", val))

@@ -14,7 +14,8 @@ from raydet.inspection.galleries import ClassGallery, hex_colours
 from raydet.inspection.tables import drifts, per_class
 from raydet.reporting.page import fill
 from raydet.tables.columns import Integers
-from raydet.tables.table import Table
+from raydet.training.feeding.counts import EpochShare
+from raydet.training.feeding.mixture import Mixture
 
 _MOST_CHARTED = 100
 """Maximum number of classes with their own histograms and heat map on the page; the tables have all classes."""
@@ -24,16 +25,16 @@ _DRIFTS = {"classes": "Shares of the classes", **{quantity.name: quantity.title 
 
 
 def render(
-    tables: Mapping[str, Table],
+    tables: Mapping[str, Mixture],
     counts: Mapping[str, Counts],
     findings: Findings,
     galleries: Sequence[ClassGallery],
     training: ResolvedTrainConfig,
+    shares: Sequence[EpochShare],
 ) -> str:
-    """Render the page; tables and counts are by split."""
+    """Render the page; tables and counts are by split, `shares` are those of several tables of training data."""
     data = tables["data"]
     names = _names(data)
-    parts = data.uri.rstrip("/").split("/")
     charted = np.argsort(-counts["data"].boxes, kind="stable")[:_MOST_CHARTED].tolist()
     charts = {
         "classes": names,
@@ -47,12 +48,14 @@ def render(
         "inspect.js",
         charts,
         charts=charts,
-        title=" / ".join(parts[-2:]),
+        title=" + ".join(_short_name(source.table.uri) for source in data.sources),
         data_uri=data.uri,
         val_uri=tables["val"].uri if "val" in tables else None,
         counts=counts["data"],
         val_counts=counts.get("val"),
         classes=_class_rows(tables, counts),
+        shares=[(_short_name(one.uri), one) for one in shares],
+        classes_of_shares=_share_rows(shares, names),
         charted=[(index, names[index]) for index in sorted(charted)],
         quantities=QUANTITIES,
         findings=_finding_rows(findings),
@@ -66,7 +69,23 @@ def render(
     )
 
 
-def _class_rows(tables: Mapping[str, Table], counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
+def _short_name(uri: str) -> str:
+    return " / ".join(uri.rstrip("/").split("/")[-2:])
+
+
+def _share_rows(shares: Sequence[EpochShare], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row per class, most boxes first, with its boxes in each table, and those that an epoch shows."""
+    if not shares:
+        return []
+    boxes = np.stack([one.num_boxes for one in shares])
+    shown = np.stack([one.boxes_per_epoch for one in shares])
+    return [
+        {"category": names[index], "boxes": boxes[:, index].tolist(), "shown": shown[:, index].tolist()}
+        for index in np.argsort(-boxes.sum(axis=0), kind="stable").tolist()
+    ]
+
+
+def _class_rows(tables: Mapping[str, Mixture], counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
     """Return a row per class, most boxes first; validation numbers are matched by class name."""
     val: dict[str, dict[str, Any]] = {}
     if "val" in counts:
@@ -79,7 +98,7 @@ def _class_rows(tables: Mapping[str, Table], counts: Mapping[str, Counts]) -> li
     return rows
 
 
-def _names(table: Table) -> list[str]:
+def _names(table: Mixture) -> list[str]:
     return [category.name for category in table.categories]
 
 
@@ -109,7 +128,7 @@ def _short(value: float) -> str:
 
 
 def _histograms(
-    tables: Mapping[str, Table], counts: Mapping[str, Counts], charted: Sequence[int]
+    tables: Mapping[str, Mixture], counts: Mapping[str, Counts], charted: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Return for each quantity its bin labels and, by split, the counts by class; -1 means all classes."""
     names = _names(tables["data"])

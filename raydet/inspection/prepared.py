@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydet.common.redaction import without_secrets
 from raydet.inspection.findings import DataFinding, Findings
 from raydet.tables import storage
 from raydet.tables.table import FINDINGS_FOLDER, REJECTED_FOLDER, SPLITS, Table, is_table, open_table
@@ -49,11 +50,12 @@ def add_prepared_findings(
     `with_left_out` also adds entries that belong to no split: images left out and findings about no image. Lists that
     are not shared between splits are always added completely.
     """
+    uri = without_secrets(table.uri)
     if with_left_out or not preparation.is_shared:
         for batch in _batches(preparation.rejected, ("path", "reason")):
             for row in batch.to_pylist():
                 path, reason = row["path"] or "", row["reason"] or ""
-                findings.add(DataFinding(split=split, kind="rejected", path=path, detail=reason))
+                findings.add(DataFinding(split=split, kind="rejected", table=uri, path=path, detail=reason))
     wanted_ids: list[pa.Array] = []
     if preparation.is_shared:
         wanted_ids.append(_ids(table.iter_batches(["image_id"])))
@@ -65,7 +67,7 @@ def add_prepared_findings(
         for row in batch.to_pylist():
             path, detail, times = row["path"] or "", row["detail"] or "", row["count"]
             about = {"kind": row["kind"], "image_id": row["image_id"]}
-            findings.add(DataFinding(split=split, path=path, detail=detail, **about), times=times)
+            findings.add(DataFinding(split=split, table=uri, path=path, detail=detail, **about), times=times)
 
 
 def _ids(batches: Iterator[pa.RecordBatch]) -> pa.Array:

@@ -1,7 +1,7 @@
 """Batches of an images table as flat arrays, with one entry per image or per box."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +9,10 @@ import pyarrow.compute as pc
 
 from raydet.common.boxes import Boxes
 from raydet.common.errors import UserError
+from raydet.common.redaction import without_secrets
 from raydet.tables.columns import Flags, Floats, Integers, flatten, numbers_of
 from raydet.tables.table import Table
+from raydet.training.feeding.mixture import Mixture
 
 _BATCH_ROWS = 4096
 _COLUMNS = ("image_id", "image.path", "width", "height", "objects")
@@ -21,7 +23,8 @@ class Rows:
     """Some images with all their boxes.
 
     Attributes:
-        first: Position of the first image in the table.
+        table: URI of their table.
+        first: Position of the first image in the table, or in the mixture.
         image_ids: int64 [N].
         paths: Image paths, an Arrow array of N strings.
         sizes_wh: Width and height in pixels, float64 [N, 2].
@@ -34,6 +37,7 @@ class Rows:
         iscrowd: bool [M].
     """
 
+    table: str
     first: int
     image_ids: Integers
     paths: pa.Array
@@ -45,6 +49,16 @@ class Rows:
     categories: Integers
     areas: Floats
     iscrowd: Flags
+
+
+def stream_mixture(mixture: Mixture) -> Iterator[Rows]:
+    """Yield the rows of all tables of a mixture, with its classes; raises as `stream_rows` does."""
+    first = 0
+    for source in mixture.sources:
+        class_map = np.asarray(source.class_map, np.int64)
+        for rows in stream_rows(source.table):
+            yield replace(rows, first=first + rows.first, categories=class_map[rows.categories])
+        first += source.table.num_rows
 
 
 def stream_rows(table: Table, *, batch_rows: int = _BATCH_ROWS) -> Iterator[Rows]:
@@ -71,6 +85,7 @@ def _rows(batch: pa.RecordBatch, first: int, where: str) -> Rows:
     owners = np.repeat(np.arange(len(num_boxes)), num_boxes)
     starts = np.cumsum(num_boxes) - num_boxes
     return Rows(
+        table=without_secrets(where),
         first=first,
         image_ids=batch.column("image_id").to_numpy(),
         paths=pc.fill_null(pc.struct_field(batch.column("image"), "path"), ""),

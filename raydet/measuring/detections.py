@@ -81,11 +81,11 @@ class Scored:
     num_other_class: int = 0
 
 
-def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_partial: bool = False) -> Scored:
+def read_detections(uri: str, truth: Truth, *, join: JoinKey = "id", allow_partial: bool | None = None) -> Scored:
     """Read a detections table, or COCO results JSON, which omits images without detections.
 
     `join` is the key that identifies an image on both sides. `allow_partial` measures only the images that both sides
-    have, instead of raising an error.
+    have, instead of raising an error; None if the command has no such option.
 
     Raises:
         UserError: The input does not exist or is damaged, a box or score is invalid, the images or classes differ

@@ -112,7 +112,7 @@ def rows_among(batches: Iterable[pa.RecordBatch], image_ids: Integers) -> Iterat
 
 
 def join_images(
-    truth: ImageKeys, found: ImageKeys, *, by: JoinKey, allow_partial: bool, has_every_image: bool = True
+    truth: ImageKeys, found: ImageKeys, *, by: JoinKey, allow_partial: bool | None, has_every_image: bool = True
 ) -> Join:
     """Join detections to the images of the truth and check that both describe the same images.
 
@@ -120,8 +120,8 @@ def join_images(
     have been moved or renamed, a file may not. Sizes must be equal.
 
     The truth is in ascending id order, without duplicates, the detections in any order. `allow_partial` leaves out the
-    images that only one side has, instead of raising an error. If the detections do not list `has_every_image`,
-    unlisted images have no detections.
+    images that only one side has, instead of raising an error; None if the command has no such option. If the
+    detections do not list `has_every_image`, unlisted images have no detections.
 
     Raises:
         UserError: The images differ or are ambiguous.
@@ -141,8 +141,8 @@ def join_images(
     if num_missing and not allow_partial:
         raise UserError(
             f"{found.uri} has no row for {num_missing:,} of the {len(has_row):,} images of {truth.uri}, for example "
-            f"image {truth.image_ids[~has_row][0]}; run predict on the images of this truth, or pass --allow-partial "
-            "to measure only the images that both sides have"
+            f"image {truth.image_ids[~has_row][0]}; run predict on the images of this truth"
+            + ("" if allow_partial is None else ", or pass --allow-partial to measure only the images that both have")
         )
     return Join(
         truth_row=truth_row,
@@ -154,7 +154,7 @@ def join_images(
 
 
 def _refuse_unknown(
-    truth: ImageKeys, found: ImageKeys, truth_row: Integers, by: JoinKey, *, has_every_image: bool, allow: bool
+    truth: ImageKeys, found: ImageKeys, truth_row: Integers, by: JoinKey, *, has_every_image: bool, allow: bool | None
 ) -> int:
     """Return the number of detection images unknown to the truth; raise UserError unless they may be left out."""
     if has_every_image and not found.image_ids.size:
@@ -163,12 +163,15 @@ def _refuse_unknown(
     has_any = len(unknown) < len(truth_row)
     if unknown.size and not (allow and has_any):
         first = unknown[np.argmin(found.image_ids[unknown])]
+        advice = "run predict on the images of this truth"
+        if allow is False:
+            advice = "--allow-partial measures only the images that both sides have"
         example = f"image {found.image_ids[first]}" if by == "id" else f"{_path_at(found, int(first))!r}"
         raise UserError(
             f"{found.uri} has {'rows for' if has_every_image else 'detections in'} {unknown.size:,} images that the "
             f"truth {truth.uri} does not have, for example {example}"
             + (
-                "; --allow-partial measures only the images that both sides have"
+                f"; {advice}"
                 if has_any
                 else ", and none that it has; use the detections and the truth of the same data"
             )

@@ -1,11 +1,16 @@
 """A detector as an ONNX graph, and a session that runs it."""
 
+import importlib
 import io
 import json
+from collections.abc import Collection
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydet.common.errors import UserError
 from raydet.common.version import __version__
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import check_graph_sizes
@@ -13,6 +18,9 @@ from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, inp
 
 OPSET = 17
 """From 2022: supported by current runtimes, and recent enough to have the operator GridSample."""
+
+TENSORRT_CACHE = Path.home() / ".cache" / "raydet" / "tensorrt"
+"""Folder of built TensorRT engines: building one takes minutes."""
 
 
 def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
@@ -58,15 +66,24 @@ def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
     return data
 
 
-def open_session(graph: bytes, *, num_threads: int) -> Any:
-    """Open an ONNX Runtime session on the CPU.
+def open_session(graph: bytes, *, num_threads: int, device: torch.device | None = None) -> Any:
+    """Open an ONNX Runtime session.
 
     Args:
         graph: Content of an ONNX file.
-        num_threads: Number of compute threads.
+        num_threads: Number of compute threads on the CPU.
+        device: cpu or cuda; the CPU by default.
+
+    Raises:
+        UserError: ONNX Runtime cannot use the GPU.
     """
     import onnxruntime
 
+    providers = execution_providers(onnxruntime.get_available_providers(), device or torch.device("cpu"))
+    if len(providers) > 1:
+        onnxruntime.preload_dlls()  # CUDA and cuDNN as torch brings them
+    if len(providers) > 2:
+        importlib.import_module("tensorrt")  # loads its libraries
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
@@ -74,7 +91,29 @@ def open_session(graph: bytes, *, num_threads: int) -> Any:
     options.log_severity_level = 3
     # Spinning threads would take the cores from the threads that decode images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, options, providers=providers)
+    if len(providers) > 1 and "CUDAExecutionProvider" not in session.get_providers():
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load its CUDA provider; install the CUDA and cuDNN it was "
+            "built for, or set --no-use-gpu"
+        )
+    return session
+
+
+def execution_providers(available: Collection[str], device: torch.device) -> list[Any]:
+    """Choose ONNX Runtime's execution providers for a device, the first one first.
+
+    On a GPU TensorRT comes before CUDA if its Python package is installed: ONNX Runtime lists the provider without the
+    library too, and would print an error.
+    """
+    if device.type == "cpu":
+        return ["CPUExecutionProvider"]
+    place = {"device_id": str(device.index or 0)}
+    providers: list[Any] = []
+    if "TensorrtExecutionProvider" in available and find_spec("tensorrt") is not None:
+        cache = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(TENSORRT_CACHE)}
+        providers.append(("TensorrtExecutionProvider", place | cache))
+    return [*providers, ("CUDAExecutionProvider", place), "CPUExecutionProvider"]
 
 
 def _metadata(detector: Detector) -> dict[str, str]:

@@ -263,6 +263,8 @@ def _prepare(
     with open_folder(config.out, command="prepare", notify=console.line) as out:
         target = Target(out, SPLITS if config.val_fraction is not None else ())
         if (done := _report_of(target, config, console)) is not None:
+            if isinstance(config, PrepareDetectionsConfig):
+                _refuse_changed_detections(config, target)
             return done
         with console.progress("reading the source"):
             source, reader = open_source(config)
@@ -313,6 +315,12 @@ def _report_of(target: Target, config: Any, console: Console) -> PrepareReport |
         return None
     tables = {split: uri for split, uri in target.tables.items() if split}
     return PrepareReport(out=target.out, already_done=True, tables=tables, **manifest["prepare"])
+
+
+def _refuse_changed_detections(config: PrepareDetectionsConfig, target: Target) -> None:
+    from raydet.preparation.sources.scored.detections import refuse_changed
+
+    refuse_changed(config, open_table(next(iter(target.tables.values())), "images"))
 
 
 def _reads(reader: ImageReader) -> dict[str, tuple[str, str]]:

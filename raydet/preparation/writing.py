@@ -36,7 +36,7 @@ from raydet.preparation.report import (
     PrepareReport,
     make_report,
 )
-from raydet.preparation.sources.source import Finding, Source, SourceImage
+from raydet.preparation.sources.source import ORIGIN_KEY, Finding, Source, SourceImage
 from raydet.preparation.splitting import Hashes
 from raydet.preparation.surveying import Survey, find_duplicates, hold_out, survey, with_outcome, without
 from raydet.preparation.target import Target
@@ -247,7 +247,7 @@ class _PreparationRun:
             "images",
             self._source.categories,
             extra_fields=self._source.extra_fields,
-            extra_metadata={"labels": origin} if origin is not None else None,
+            extra_metadata={ORIGIN_KEY: origin} if origin is not None else None,
             with_scores=origin is not None,
         )
         write = partial(

@@ -13,7 +13,7 @@ from raydet.cluster.shared_storage import check_shared
 from raydet.cluster.tasks import has_gpu, run_tasks
 from raydet.common.console import Console
 from raydet.config import PredictConfig
-from raydet.engines.engine import no_fp16_on_cpu
+from raydet.engines.engine import can_use_gpu, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader
 from raydet.images.listing import is_pattern
 from raydet.models.checkpoints import ADAPTER_CONFIG
@@ -109,8 +109,8 @@ def connected(config: PredictConfig, console: Console) -> Iterator[Cluster]:
         resources = shares.share_out(
             min_workers=config.num_workers,
             max_workers=config.num_workers,
-            # The other engines run on CPUs and would leave a reserved GPU idle.
-            use_gpu=config.use_gpu if config.engine == "torch" else False,
+            # An engine that runs on CPUs would leave a reserved GPU idle.
+            use_gpu=config.use_gpu if can_use_gpu(config.engine) else False,
             cpus_per_worker=config.cpus_per_worker,
         )
         log = storage.join(log_folder, LOG_FILE)

@@ -25,7 +25,7 @@ from raydet.config.fields import with_options
 from raydet.engines.engine import check_engine, no_fp16_on_cpu
 from raydet.engines.loading import EngineLoader, load_engine
 from raydet.engines.selection import check_classes
-from raydet.images.collection import INDEX_FILE, Collection, IndexedCollection, VideoCollection, open_collection
+from raydet.images.collection import Collection, IndexedCollection, VideoCollection, index_in, open_collection
 from raydet.images.windows.index import WindowSize
 from raydet.measuring.fitting.operating_point import read_point_of
 from raydet.models.checkpoints import fingerprint, read_checkpoint
@@ -163,13 +163,13 @@ def predict_with(
     )
     with open_folder(config.out, command="predict", notify=console.line) as folder:
         if not folder.refuse_foreign():  # left by a run that stopped before it began; files may have been added since
-            folder.delete_file(INDEX_FILE)
+            storage.delete_file(index_in(folder.uri))
         is_finished = all(is_table(table_uri(folder, table)) for table in model.by_table)
         if not is_finished:
             check_fit(model, console)  # before files are listed, which may be many
         found = open_collection(
             config.data_uri,
-            index_uri=folder.uri_of(INDEX_FILE),
+            index_uri=index_in(folder.uri),
             allow_root=config.allow_root,
             fps=config.fps,
             windows=WindowSize(config.tile or 0, config.max_pixels) if config.windowed else None,

@@ -22,7 +22,7 @@ from raydet.common.signals import ending_on_sigterm
 from raydet.common.untrusted.documents import parse_json
 from raydet.config import CropsConfig, config_hash, identity
 from raydet.config.fields import with_options
-from raydet.images.collection import INDEX_FILE, Collection, open_collection
+from raydet.images.collection import Collection, index_in, open_collection
 from raydet.images.windows.index import PICTURE_FIELDS
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.scoring.plan import COUNTS_KEY, files_of_chunks, part_name
@@ -105,9 +105,9 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
         # Such as one whose model could not be loaded: the next one may have other settings.
         has_nothing = not already_done and not files_of_chunks(folder)
         if not records or has_nothing:
-            folder.delete_file(INDEX_FILE)
+            storage.delete_file(index_in(folder.uri))
         images = open_collection(
-            config.data, index_uri=folder.uri_of(INDEX_FILE), allow_root=config.allow_root, fps=config.fps
+            config.data, index_uri=index_in(folder.uri), allow_root=config.allow_root, fps=config.fps
         )
         images = _those_of(found, images, config.data)
         run_identity = {

@@ -1,6 +1,6 @@
 """A detections table → the images to label next, with the reasons, and their detections for a labelling tool."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from raydet.common.class_names import indices_in, is_unused
 from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
 from raydet.config import SelectConfig
+from raydet.config.inspecting import Criterion
 from raydet.measuring.joining import list_images, rows_of_same_images
 from raydet.preparation.sources.scored.pairing import places_of
 from raydet.preparation.sources.scored.rows import RecentRows
@@ -34,7 +35,7 @@ from raydet.tables.columns import (
 )
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN
 from raydet.tables.kept.plain import plain_columns, plain_schema
-from raydet.tables.table import Table, open_table
+from raydet.tables.table import Table
 
 CANDIDATES_PER_IMAGE = 20
 """Images with the highest ranks, for each image to choose, among which the different ones are looked for."""
@@ -63,8 +64,17 @@ class NextImages:
         yield from (row["path"] for row in self.reasons)
 
 
-def next_images(table: Table, config: SelectConfig, progress: Progress) -> NextImages:
+def next_images(
+    table: Table, config: SelectConfig, progress: Progress, *, other: Table | None, labelled: Table | None
+) -> NextImages:
     """Choose the images of a detections table whose labels would teach most.
+
+    Args:
+        table: The detections table.
+        config: The criteria.
+        progress: Counts the images.
+        other: Detections of another run in the same images, if a criterion is their disagreement.
+        labelled: Images table of what is labelled already, if there is one.
 
     Raises:
         UserError: The other tables do not fit this one, a criterion needs vectors that it lacks, or every image is
@@ -77,8 +87,8 @@ def next_images(table: Table, config: SelectConfig, progress: Progress) -> NextI
             f"{what} compares embeddings, which {table.uri} lacks; score the images with `raydet predict --keep "
             "embedding`"
         )
-    is_labelled, labels = _labelled(table, config.labelled_data)
-    criteria = _Criteria(table, config, labels)
+    is_labelled, labels = _labelled(table, labelled)
+    criteria = _Criteria(table, config.by, other, labels)
     with ImageScores(max(1, len(criteria.names))) as scores:
         start = 0
         for images in criteria.batches():
@@ -101,22 +111,28 @@ def next_images(table: Table, config: SelectConfig, progress: Progress) -> NextI
         max_similarity=np.inf if config.min_similarity is None else config.min_similarity,
         by_distance="diversity" in config.by,
     )
+    if not len(chosen):
+        raise UserError(
+            f"the {len(vectors):,} images of {table.uri} with the highest ranks are all at least --min-similarity "
+            f"{config.min_similarity:g} similar to a labelled one; raise it"
+        )
     return criteria.explained(ranked.take(chosen), similarity)
 
 
-def _labelled(table: Table, uri: str | None) -> tuple[Flags, Floats | None]:
+def _labelled(table: Table, known: Table | None) -> tuple[Flags, Floats | None]:
     """Return the images of a table that another one labels, bool [N], and the boxes of each class there, [K]."""
     is_labelled = np.zeros(table.num_rows, np.bool_)
-    if uri is None:
+    if known is None:
         return is_labelled, None
-    known = open_table(uri, "images")
+    if not known.categories:
+        raise UserError(f"--labelled-data {known.uri} has no classes: it was prepared without labels")
     is_labelled[rows_of_same_images(list_images(known), list_images(table), option="--labelled-data")] = True
     counts = np.zeros(len(known.categories))
     for batch in known.iter_batches(["objects.category"], BATCH_ROWS):
         _, columns = flatten(batch, "objects", ("category",), known.uri)
         counts += np.bincount(columns["category"], minlength=len(counts))
     places = indices_in(_names(table), _names(known))
-    return is_labelled, np.where(places >= 0, counts[places], 0) if len(counts) else np.zeros(len(places))
+    return is_labelled, np.where(places >= 0, counts[places], 0)
 
 
 def _names(table: Table) -> list[str]:
@@ -126,13 +142,11 @@ def _names(table: Table) -> list[str]:
 class _Criteria:
     """The criteria of a selection, apart from diversity: what they read, their scores, and their reasons."""
 
-    def __init__(self, table: Table, config: SelectConfig, labels: Floats | None) -> None:
-        self.names = [name for name in config.by if name != "diversity"]
+    def __init__(self, table: Table, by: Sequence[Criterion], other: Table | None, labels: Floats | None) -> None:
+        self.names = [name for name in by if name != "diversity"]
         self._table = table
         self._rarity = np.zeros(len(table.categories))
-        self._other: _OtherRun | None = None
-        if config.other is not None:
-            self._other = _OtherRun(table, open_table(config.other, "detections"))
+        self._other = None if other is None else _OtherRun(table, other)
         if "rare" in self.names:
             counts = self._seen() if labels is None else labels
             is_class = np.array([not is_unused(name, index) for index, name in enumerate(_names(table))])

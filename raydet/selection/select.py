@@ -1,7 +1,7 @@
 """The command `select`: a detections table → what to label next, near-duplicates, or what is similar to one thing."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -16,6 +16,7 @@ from raydet.config import SelectConfig, config_hash, identity
 from raydet.config.fields import with_options
 from raydet.selection.near_duplicates import near_duplicates
 from raydet.selection.next_images import NextImages, next_images
+from raydet.selection.scored_files import file_finder
 from raydet.selection.similar import Probe, find_similar
 from raydet.selection.vectors import ImageVectors
 from raydet.tables import storage
@@ -77,19 +78,21 @@ def select(config: SelectConfig, *, console: Console | None = None) -> Selection
     console = console or Console()
     kind: TableKind = "to_label" if config.by else "near_duplicates" if config.near_duplicates else "similar"
     table = open_table(config.detections, "detections")
+    other = None if config.other is None else open_table(config.other, "detections")
+    labelled = None if config.labelled_data is None else open_table(config.labelled_data, "images")
     folders: list[str] = [kind, _DETECTIONS] if config.by else [kind]
     with open_folder(config.out, command="select", notify=console.line) as folder:
         run_identity = {
             **identity(config),
             "detections_fingerprint": table.fingerprint,
-            "other_fingerprint": config.other and open_table(config.other, "detections").fingerprint,
-            "labelled_fingerprint": config.labelled_data and open_table(config.labelled_data, "images").fingerprint,
+            "other_fingerprint": other and other.fingerprint,
+            "labelled_fingerprint": labelled and labelled.fingerprint,
         }
         folder.admit(run_identity, folders=folders, is_disposable=not folder.exists(kind, MANIFEST_NAME))
         found: _Results
         with console.progress("comparing images", total=table.num_rows if config.by else None) as progress:
             if config.by:
-                found = next_images(table, config, progress)
+                found = next_images(table, config, progress, other=other, labelled=labelled)
             elif config.near_duplicates:
                 found = _duplicates(table, config)
             else:
@@ -97,7 +100,7 @@ def select(config: SelectConfig, *, console: Console | None = None) -> Selection
         for name in folders:
             folder.delete_table(name)
         folder.begin(run_identity, folders=folders)
-        num_listed = _write_list(folder.uri_of(_LISTS[kind]), found.listed(table))
+        num_listed = _write_list(folder.uri_of(_LISTS[kind]), found.listed(table), file_finder(table))
         if isinstance(found, NextImages):
             rows_found = found.detections
             uri = folder.uri_of(_DETECTIONS)
@@ -207,12 +210,15 @@ def _cluster(table: Table, config: SelectConfig) -> Iterator[ModuleType | None]:
         yield on_ray
 
 
-def _write_list(uri: str, paths: Iterator[str | None]) -> int:
-    """Write paths, one a line, and return their number; a path that no line can hold is left out."""
+def _write_list(uri: str, paths: Iterator[str | None], file_of: Callable[[str], str]) -> int:
+    """Write the files of paths, one a line, and return their number; one that no line can hold is left out.
+
+    Relative paths would start from the folder of the list.
+    """
     count = 0
     with storage.open_output(uri) as file:
-        for path in paths:
-            if path and not path.startswith("#") and path == path.strip() and len(path.splitlines()) == 1:
+        for path in (file_of(path) for path in paths if path):
+            if not path.startswith("#") and path == path.strip() and len(path.splitlines()) == 1:
                 file.write(f"{path}\n".encode())
                 count += 1
     return count

@@ -190,12 +190,11 @@ class OutputFolder:
         if earlier is not None:
             changes = [] if is_disposable else _changes(earlier.identity, _plain(identity))
             if earlier.command != self.command:
-                changes = [f"command: {earlier.command} → {self.command}"]
+                changes, remedy = [f"command: {earlier.command} → {self.command}"], "choose another --out"
+            else:
+                remedy += ", or use the same settings to resume it"
             if changes:
-                raise UserError(
-                    f"--out {self.uri} already holds another run ({'; '.join(changes)}); {remedy}, or use the "
-                    "same settings to resume it"
-                )
+                raise UserError(f"--out {self.uri} already holds another run ({'; '.join(changes)}); {remedy}")
         if storage.is_local(self.uri):  # object stores have no partial files
             for place in (*((folder,) for folder in folders), *([()] if part is None else [])):
                 for name in self.list_files(*place):
@@ -301,6 +300,8 @@ def _shown(name: str) -> str:
 
 def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = [*now, *(name for name in earlier if name not in now)]
+    if earlier.get("source") != now.get("source"):
+        names = ["source"]  # whose options are others
     changed = [name for name in names if earlier.get(name) != now.get(name)]
     if changed != [_OF_ADAPTERS] and not _has_changed_entry(earlier.get(_OF_ADAPTERS), now.get(_OF_ADAPTERS)):
         changed = [name for name in changed if name != _OF_ADAPTERS]  # only others were named

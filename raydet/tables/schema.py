@@ -313,6 +313,7 @@ _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
     "data_findings": [
         ("split", pa.string()),
         ("kind", pa.string()),
+        ("table", pa.string()),
         ("image_id", pa.int64()),
         ("path", pa.string()),
         ("category", pa.string()),

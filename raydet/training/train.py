@@ -219,9 +219,9 @@ def _train_into(
         if resources.notice:
             console.line(resources.notice)
         if isinstance(tables["train"], Mixture):
-            shown = shown_of(tables["train"])
+            shown, names = shown_of(tables["train"]), [category.name for category in tables["train"].categories]
             folder.write_bytes(json.dumps(record_of(tables["train"], shown), indent=1).encode(), "log", _SHOWN_FILE)
-            for line in lines_of(tables["train"], shown):
+            for line in lines_of(shown, names):
                 console.line(line)
         if unlabelled := _classes_without_truth(tables):
             console.line(f"no validation image can have these classes, which AP leaves out: {', '.join(unlabelled)}")
@@ -250,9 +250,12 @@ def _train_into(
             raise failure.to_error()
         _, progress = ray.get(board.read.remote(0))
     finished = read_history(out)
-    if stop and not _is_finished(config, finished):
+    if stop:
+        # Also if the request came during the last step: a caller with further steps, such as a loop, must end too.
         raise stop.to_error(
-            f"run stopped after step {progress.step} of epoch {progress.epoch}, state saved; run the same command "
+            "run stopped after the last epoch, the training is finished; run the same command again for its result"
+            if _is_finished(config, finished)
+            else f"run stopped after step {progress.step} of epoch {progress.epoch}, state saved; run the same command "
             "again to resume"
         )
     return TrainResult(out, checkpoint, finished, metric=metric, advice=advice, adapter=adapter)

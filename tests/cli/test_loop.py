@@ -13,7 +13,8 @@ from raydet import LoopConfig, UserError, loop
 from raydet.cli.rounds import LOOP_FILE, LoopResult, Round, is_stuck
 from raydet.config.options import load
 from raydet.models.loading import build_detector
-from raydet.tables.table import open_table
+from raydet.tables.schema import Category, build_schema
+from raydet.tables.table import TableWriter, open_table
 from tests.drivers import started, wait_for_progress
 from tests.json_output import check_result, parse_output
 from tests.outcomes import RecordingConsole, assert_same_rows, outcome_of_training
@@ -50,6 +51,13 @@ def test_a_mistake_in_any_step_is_found_before_the_first_one(shapes: Path, model
     out = tmp_path / "out"
     recipe = tmp_path / "train.yaml"
     recipe.write_text("class_mapping: {a: b}")
+    empty = str(tmp_path / "empty")
+    with TableWriter(empty, open_table(f"{shapes}/train").schema, config_hash="x"):
+        pass
+    val = open_table(f"{shapes}/val")
+    more = build_schema("images", [*val.categories, Category(99, "cow")])
+    with TableWriter(str(tmp_path / "more"), more, config_hash="x") as writer:
+        writer.write_rows(rows_of(val.uri))
     for changes, message in (
         ({"predict": {"batch_sise": 3}}, "^--predict: unknown key `batch_sise`.*did you mean batch_size"),
         ({"predict": {"tile": 3}}, "^--predict: --tile must be at least 64"),
@@ -70,6 +78,9 @@ def test_a_mistake_in_any_step_is_found_before_the_first_one(shapes: Path, model
         ({"evaluate": {"slice_by": ["camera"]}}, "^--evaluate: slice_by names camera"),
         ({"checkpoint": str(tmp_path / "absent")}, "absent"),
         ({"unlabelled": "absent"}, "no such table: .*absent"),
+        ({"unlabelled": empty}, "^--unlabelled .* has no images"),
+        ({"truth": empty}, "^--truth .* has no images"),
+        ({"truth": str(tmp_path / "more")}, "^--truth .* has classes that --checkpoint does not know: cow"),
         ({"train_data": f"{shapes}/absent"}, "no such table: .*absent"),
         ({"truth": f"{shapes}/train"}, "^--truth is also --unlabelled"),
         ({"label_weight": 0.0}, "--label-weight must be from 0.001 to 100"),

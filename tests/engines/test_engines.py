@@ -12,15 +12,20 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
+import raydet
 from raydet.common.boxes import xywh_to_xyxy
 from raydet.common.errors import UserError
 from raydet.config import PredictConfig
 from raydet.engines.engine import check_engine
 from raydet.engines.loading import load_engine
+from raydet.engines.openvino.graph import compile_graph, trace
+from raydet.engines.openvino.sampling import samplings_of
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.detector import Detections
 from raydet.models.geometry import Image
+from raydet.models.graph import example_inputs, input_names
 from raydet.models.loading import build_detector, load_detector
+from raydet.models.onnx import execution_providers
 from raydet.models.small import SMALL_MODELS
 from raydet.tables.schema import Category
 
@@ -244,6 +249,30 @@ def test_onnx_is_for_full_precision() -> None:
         check_engine(config_of("nowhere", engine="onnx", precision="bf16"), "detr")
 
 
+def test_a_gpu_comes_before_the_cpu_and_tensorrt_before_both_if_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def names(device: str) -> list[str]:
+        chosen = execution_providers(listed, torch.device(device))
+        return [one if isinstance(one, str) else one[0] for one in chosen]
+
+    listed = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert names("cpu") == listed[2:]
+    monkeypatch.setattr("raydet.models.onnx.find_spec", lambda name: None)
+    assert execution_providers(listed, torch.device("cuda:1"))[0] == (listed[1], {"device_id": "1"})
+    assert names("cuda") == listed[1:]
+    monkeypatch.setattr("raydet.models.onnx.find_spec", lambda name: name)
+    assert names("cuda") == listed
+
+
+def test_a_gpu_needs_the_package_for_gpus(tmp_path: Path) -> None:
+    config = config_of(tiny("detr_tiny", tmp_path), engine="onnx", use_gpu=True)
+    with pytest.raises(UserError, match="replace onnxruntime with onnxruntime-gpu"):
+        check_engine(config, "detr")
+    with pytest.raises(UserError, match="replace onnxruntime with onnxruntime-gpu"):
+        raydet.load(str(config.checkpoint), engine="onnx", use_gpu=True)
+
+
 @pytest.mark.parametrize("engine", ["openvino", "onnx"])
 def test_a_package_that_is_missing_is_named(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -265,6 +294,30 @@ def test_deformable_detr_needs_one_size(engine: Any, tmp_path: Path) -> None:
     check_engine(config, "deformable_detr")
     with pytest.raises(UserError, match=r"deformable_detr.*--engine torch"):
         load_engine(config, device="cpu", num_threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_layers"),
+    [
+        ("rt_detr_v2_tiny", 2),
+        ("rt_detr_tiny", 2),
+        ("d_fine_tiny", 3),
+        ("deformable_detr_tiny", 4),
+        ("lw_detr_tiny", 2),
+    ],
+)
+def test_openvino_samples_with_the_queries_last(
+    name: str, num_layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = load_detector(str(tiny(name, tmp_path)))
+    fast = trace(detector, where=name)
+    monkeypatch.setattr("raydet.engines.openvino.graph.put_queries_last", lambda graph: None)
+    plain = trace(detector, where=name)
+    assert (len(list(samplings_of(plain))), len(list(samplings_of(fast)))) == (num_layers, 0)
+    inputs = dict(zip(input_names(detector), example_inputs(detector, 4, seed=1), strict=True))
+    found = [compile_graph(graph, precision="fp32", num_threads=1)(inputs) for graph in (plain, fast)]
+    for port in range(2):
+        np.testing.assert_allclose(found[0][port], found[1][port], rtol=1e-4, atol=1e-5)
 
 
 def test_openvino_reports_to_nobody(tmp_path: Path) -> None:

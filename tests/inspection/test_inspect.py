@@ -28,12 +28,13 @@ from raydet.inspection.inspect import inspect
 from raydet.inspection.picks import Picker
 from raydet.models.collate import Example
 from raydet.models.geometry import ResizeRule
-from raydet.tables.schema import Category, build_schema
+from raydet.tables.schema import LABELLED_COLUMN, OPTIONAL_FIELDS, Category, build_schema
 from raydet.tables.table import Table, TableWriter, open_table
 from raydet.training.feeding import stream
 from raydet.training.feeding.batches import ready_batches
 from raydet.training.feeding.chunks import decode_chunk
 from raydet.training.feeding.ordering import RunPlan
+from raydet.training.feeding.sources import merged
 from raydet.training.feeding.views import Views
 from tests.json_output import check_result
 from tests.reporting.test_reporting import EVIL, Page
@@ -266,8 +267,10 @@ def test_the_same_bytes_or_path_are_found_in_both_tables(tmp_path: Path) -> None
     first = [image_row(number, [], data=content) for number, content in enumerate(data)]
     second = [image_row(100 + number, [], data=content) for number, content in enumerate(val)]
     first[3]["image"]["path"] = second[3]["image"]["path"] = "/data/the same.png"
-    twins = identical_images(write(tmp_path / "a", first), write(tmp_path / "b", second))
+    tables = [write(tmp_path / "a", first[:3]), write(tmp_path / "c", first[3:])]
+    twins = [*identical_images(tables, write(tmp_path / "b", second))]
     assert [(twin.image_id, twin.val_image_id) for twin in twins] == [(0, 102), (2, 100), (3, 103)]
+    assert [twin.table for twin in twins] == [tables[0].uri, tables[0].uri, tables[1].uri]
 
 
 def test_histograms_lie_as_far_apart_as_their_shares() -> None:
@@ -279,18 +282,23 @@ def test_histograms_lie_as_far_apart_as_their_shares() -> None:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """Write thirty images into several files and row groups, some with crowds; many have an unreadable partner."""
+    """Write thirty images into several files and row groups; many have an unreadable partner.
+
+    Some have crowds, and some are labelled for two classes only.
+    """
     content = []
     for number in range(30):
         boxes = [((10.0 + number, 10.0, 60.0, 50.0), number % 3), ((40.0, 20.0, 30.0, 30.0), 1)]
         size_wh = (120 + number, 90)
         row = image_row(1000 + number, boxes, size_wh=size_wh, data=picture_bytes(number, *size_wh))
         row["objects"]["iscrowd"] = [False, number % 4 == 0]
+        row[LABELLED_COLUMN] = [0, 1] if number % 5 == 0 else None
         content.append(row)
     content[7]["image"]["bytes"] = b"no image"
     categories = [Category(number + 1, name) for number, name in enumerate(NAMES)]
     folder = tmp_path_factory.mktemp("photographs")
-    schema = build_schema("images", categories)
+    fields = [pa.field(LABELLED_COLUMN, OPTIONAL_FIELDS["images"][LABELLED_COLUMN])]
+    schema = build_schema("images", categories, extra_fields=fields)
     with TableWriter(str(folder), schema, config_hash="x", file_bytes=400_000) as writer:
         for start in range(0, 30, 6):
             writer.write_rows(content[start : start + 6])
@@ -458,6 +466,35 @@ def test_two_tables_are_compared_and_a_second_run_takes_the_place_of_the_first(s
     assert any(line.startswith("validation: 10 images") for line in second.lines())
 
 
+def test_several_tables_are_inspected_as_training_mixes_them(tmp_path: Path) -> None:
+    """Inspect tables with other orders of their classes and with the same image ids, which one shows more often."""
+
+    def rows_with(categories: tuple[int, ...], first: int, number: int) -> list[Row]:
+        boxes = [((10.0 + 30 * place, 10.0, 25.0, 25.0), category) for place, category in enumerate(categories)]
+        return [image_row(place, boxes, data=picture_bytes(first + place)) for place in range(number)]
+
+    own = write(tmp_path / "own", rows_with((0, 1), 0, 3), names=("cat", "dog"))
+    public = write(tmp_path / "public", [*rows_with((0, 0, 1), 10, 4), image_row(4, [])], names=("Dog", "lorry"))
+    recipe = tmp_path / "train.yaml"
+    recipe.write_text("{model: rt_detr_tiny, image_size: 64, augmentation: strong, rename_classes: {lorry: truck}}")
+    data = [f"{own.uri}:3", f"{public.uri}:0.5"]
+    out = str(tmp_path / "out")
+    result = inspect(InspectConfig(data=data, val_data=own.uri, out=out, train_config=str(recipe)))
+    assert result.names == ("cat", "dog", "truck") and result.num_images_shown == 3 + 6 + 4
+    assert result.counts["data"].boxes.tolist() == [3, 11, 4] and result.counts["val"].boxes.tolist() == [3, 3]
+    of_own, of_public = check_result(result, "inspect")["sources"]
+    assert (of_own["weight"], of_own["num_images"], of_own["images_per_epoch"]) == (3, 3, 9)
+    assert (of_public["num_boxes"], of_public["boxes_per_epoch"]) == ([0, 8, 4], [0, 4, 2])
+    assert {"12 images per epoch, of 8 images:", "  dog: 13 = 9 + 4"} <= set(result.lines())
+    found = [row for row in open_table(f"{out}/findings", "data_findings").read().to_pylist() if row["image_id"] == 0]
+    assert [(row["kind"], row["table"]) for row in found] == [("identical_images", own.uri)]
+    page = page_of(result)
+    assert "8 (4)" in page.text and "weight 0.5" in page.text and f"in {public.uri}" in page.text
+    mixture = merged([own, public], [1.0, 1.0], {})
+    shown = [(at, row["image_id"].as_py(), row["objects"]["category"].as_py()) for at, row in mixture.rows_at([4, 2])]
+    assert shown == [(2, 2, [0, 1]), (4, 1, [1, 1, 2])]
+
+
 def test_images_without_labels_have_a_page_too(tmp_path: Path) -> None:
     table = write(
         tmp_path / "data", [image_row(number, [], data=picture_bytes(number)) for number in range(3)], names=()
@@ -473,6 +510,8 @@ def test_images_without_labels_have_a_page_too(tmp_path: Path) -> None:
         (["--data", "{tmp}/absent"], "absent"),
         (["--data", "{tmp}"], "{tmp}"),
         (["--data", "{tmp}/empty"], "empty has no rows"),
+        (["--data", "{data}", "{data}:0.5"], "twice; use a weight"),
+        (["--data", "{data}:0"], ":0: the weight must be above 0"),
         (["--data", "{data}", "--val-data", "{tmp}/absent"], "absent"),
         (["--data", "{data}", "--augmentation", "[{{HorizontalFlop: {{}}}}]"], "HorizontalFlip"),
         (["--data", "{data}", "--augmentation", "lite"], "--augmentation"),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
-from raydet import PredictConfig, UserError
+from raydet import PredictConfig, SelectConfig, UserError, select
 from raydet.cli.main import main
 from raydet.models.detector import Detections
 from raydet.models.geometry import Image, ResizeRule, SizeHW
@@ -21,7 +22,7 @@ from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.schema import Category
 from raydet.tables.table import open_table
 from tests.json_output import parse_output
-from tests.outcomes import assert_same_rows
+from tests.outcomes import RecordingConsole, assert_same_rows
 from tests.small_sets import rows_of
 
 SIDE = 64
@@ -162,3 +163,41 @@ def test_a_gpu_that_is_missing_and_a_model_that_changes_are_refused(config: Pred
 
     with pytest.raises(UserError, match="no such model"):
         predict_with(dataclasses.replace(config, out=str(tmp_path / "d")), in_process=True, load=broken)
+
+
+def save_pictures(folder: Path) -> Path:
+    """Save four pictures in a subfolder."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(4):
+        PIL.Image.new("RGB", (SIDE, SIDE), (50 * number + 9, 0, 0)).save(pictures / f"{number}.png")
+    return pictures
+
+
+def test_sql_finds_only_rows_of_the_table_and_a_run_of_an_earlier_version_resumes(
+    config: PredictConfig, tmp_path: Path
+) -> None:
+    pictures, out = save_pictures(tmp_path), tmp_path / "d"
+    config = dataclasses.replace(config, data=str(pictures), out=str(out), batch_size=2, rows_per_file=2)
+    assert predict_with(config, in_process=True, load=load_brightness).num_images == 4
+    duckdb = pytest.importorskip("duckdb")
+    count = f"SELECT count(*), sum(len(detections.score)) FROM '{out}/*.parquet'"
+    assert duckdb.sql(count).fetchall() == [(4, 4)]
+    (out / ".inputs").rename(out / ".inputs.parquet")
+    for name in (MANIFEST_NAME, "part-0000001.parquet"):
+        (out / name).unlink()
+    PIL.Image.new("RGB", (SIDE, SIDE), "red").save(pictures / "0a.png")
+    console = RecordingConsole()
+    assert predict_with(config, console=console, in_process=True, load=load_brightness).num_images == 4
+    assert "resuming at 2 of 4 images" in console.lines and not (out / ".inputs").exists()
+
+
+def test_select_lists_files_that_predict_finds_from_anywhere(config: PredictConfig, tmp_path: Path) -> None:
+    pictures, listed = save_pictures(tmp_path), tmp_path / "list.txt"
+    listed.write_text("".join(f"pictures/{number}.png\n" for number in range(4)))
+    for data in (pictures, listed):
+        out, chosen = tmp_path / f"scored {data.name}", tmp_path / f"chosen {data.name}"
+        predict_with(dataclasses.replace(config, data=str(data), out=str(out)), in_process=True, load=load_brightness)
+        found = select(SelectConfig(detections=str(out), by=["uncertainty"], num=2, out=str(chosen)))
+        files = Path(found.list_file).read_text().splitlines()
+        assert len(files) == 2 and {Path(file) for file in files} < set(pictures.iterdir())

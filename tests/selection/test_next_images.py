@@ -1,5 +1,6 @@
 """`select --by` ranks images as the definitions of its criteria do, and chooses those that differ."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,14 @@ def test_different_images_are_chosen_and_planted_copies_are_not(tmp_path: Path) 
     assert [row["image_id"] for row in rows] == [103, 104]  # 101 is like 100, which is labelled; 102 like 103
     assert [row["similarity"] for row in rows] == pytest.approx([np.cos(angles[3]), np.cos(angles[4])], abs=1e-2)
     assert rows[1]["reason"].startswith("unlike the others: 0.7")
+    nothing = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="--min-similarity -1 similar to a labelled one; raise it"):
+        select(dataclasses.replace(config, min_similarity=-1.0, out=nothing))
+    with TableWriter(str(tmp_path / "images"), build_schema("images"), config_hash="0" * 12):
+        pass
+    with pytest.raises(UserError, match=r"--labelled-data .* has no classes"):
+        select(dataclasses.replace(config, labelled_data=str(tmp_path / "images"), out=nothing))
+    assert not Path(nothing).exists()
 
 
 def test_the_detections_of_the_chosen_images_go_to_a_labelling_tool(tmp_path: Path) -> None:

@@ -49,8 +49,12 @@ def test_another_run_is_refused_with_each_difference(tmp_path: Path) -> None:
     for part in (str(tmp_path), "--score-threshold: 0.0 → 0.5", "weights", "images have changed", "--tile: None → 640"):
         assert part in str(refusal.value)
     assert folder.admit(other, is_disposable=True) is None
-    with pytest.raises(UserError, match="command: predict → tune"):
-        OutputFolder(str(tmp_path), "tune").admit(IDENTITY, is_disposable=True)
+    with pytest.raises(UserError, match=r"command: predict → tune.*; choose another --out$"):
+        OutputFolder(str(tmp_path), "tune").admit(IDENTITY, is_disposable=True, remedy="change the rate")
+    sources: list[dict[str, Any]] = [{"source": "coco", "images": "a"}, {"source": "shapes", "seed": 1}]
+    folder.begin(sources[0])
+    with pytest.raises(UserError, match=r"\(source: coco → shapes\)"):
+        folder.admit(sources[1])
 
 
 def test_several_runs_share_a_folder_by_name(tmp_path: Path) -> None:

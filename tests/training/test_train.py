@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeli
 from raydet import TrainConfig, UserError, train
 from raydet.common.boxes import Boxes, xywh_to_xyxy
 from raydet.common.console import Console
+from raydet.common.errors import RunStopped
 from raydet.engines.torch_engine import TorchEngine
 from raydet.models.checkpoints import STATES_FOLDER
 from raydet.models.detector import Detections
@@ -156,6 +159,15 @@ def test_a_finished_run_says_so_and_another_run_is_refused(trained: Trained) -> 
     with pytest.raises(UserError, match=r"--learning-rate.*0\.001.*0\.002"):
         train(dataclasses.replace(config, learning_rate=2e-3))
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_stop_request_in_the_last_step_stops_the_caller_too(shapes: Path, tmp_path: Path) -> None:
+    config = _config(shapes, tmp_path / "run", epochs=1, validate_fraction=0.1, save_every_steps=None, log_images=0)
+    with pytest.raises(RunStopped, match="training is finished") as stopped:
+        train(config, on_epoch=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped.value.exit_code == 143
+    assert train(config).already_done
 
 
 @pytest.mark.slow

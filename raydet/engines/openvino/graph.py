@@ -9,6 +9,7 @@ import torch
 from raydet.common.errors import UserError, first_line
 from raydet.common.packages import require_packages
 from raydet.engines.engine import TORCH_INSTEAD
+from raydet.engines.openvino.sampling import put_queries_last
 from raydet.models.checkpoints import GRAPH_FILES
 from raydet.models.detector import Detector, quiet
 from raydet.models.families import check_graph_sizes
@@ -57,6 +58,7 @@ def trace(detector: Detector, *, where: str, remedy: str = TORCH_INSTEAD) -> Any
     shapes = [openvino.PartialShape([num_images, *example.shape[1:-2], *(size_hw or (-1, -1))]) for example in examples]
     with quiet(), torch.no_grad(), traceable(detector) as graph:
         model = openvino.convert_model(graph, example_input=examples, input=shapes)
+    put_queries_last(model)
     for ports, names in ((model.inputs, input_names(detector)), (model.outputs, OUTPUT_NAMES)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})

@@ -13,7 +13,7 @@ from raydet.common.notebook.showing import Shown
 from raydet.config import FitConfig
 from raydet.config.fields import with_options
 from raydet.measuring.detections import Scored, read_detections
-from raydet.measuring.diagnosis.scores import Outcomes, best_threshold, calibration_errors
+from raydet.measuring.diagnosis.scores import IOU, Outcomes, best_threshold, calibration_errors
 from raydet.measuring.fitting.calibrating import Calibration, Method, calibrate
 from raydet.measuring.fitting.operating_point import FittedPoint
 from raydet.measuring.fitting.scores import map_scores, passing
@@ -108,8 +108,8 @@ def fit(config: FitConfig, *, console: Console | None = None) -> FitResult:
     class, or a target precision (see `thresholds.threshold_with_precision`).
 
     Raises:
-        UserError: An input is missing or damaged, the checkpoint is not a folder, or other detections than its own are
-            given. Nothing has been written in that case.
+        UserError: An input is missing or damaged, the checkpoint is not a folder, other detections than its own are
+            given, or none of them is right. Nothing has been written in that case.
     """
     with (console or Console()).progress("reading the truth") as progress:
         checkpoint, own_fingerprint = _own_checkpoint(config)
@@ -167,6 +167,11 @@ class _Fitted:
 def _fit(config: FitConfig, scored: Scored, num_classes: int) -> _Fitted:
     truth, found = scored.truth_columns, scored.columns
     outcomes = outcomes_of(truth, found, num_classes)
+    if not outcomes.is_right.any():
+        raise UserError(
+            f"no detection of {scored.uri} finds a labelled box of {config.truth} at IoU {IOU:g}: there is nothing to "
+            "fit thresholds to"
+        )
     calibration = calibrate(outcomes, seed=config.seed)
     thresholds = _thresholds(outcomes, config.target_precision)
     kept = keep_detections(found, passing(thresholds, found.scores, found.category))

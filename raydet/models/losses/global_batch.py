@@ -41,7 +41,7 @@ class Normaliser:
             other query.
         num_matched: Queries matched to a box; fewer than boxes if an image has more boxes than queries.
         num_queries: All queries.
-        taught_weight: Sum of the highest scores of the boxes of teachers.
+        taught_weight: Sum of the squared highest scores of the boxes of teachers.
     """
 
     num_boxes: float

@@ -2,16 +2,18 @@
 
 A teacher's boxes are matched one to one to the queries of each decoder layer and, where the model has them, of the
 encoder, by the costs of the student's own matcher with a soft class instead of a label. A matched query learns the
-teacher's class scores and box, weighted by the teacher's highest score for it:
+teacher's class scores and box, weighted by the square of the teacher's highest score for it. Unsquared, the dozens of
+faint boxes that a teacher has in each image would have half of the weight:
 
-- Sigmoid scores learn by the quality focal loss, |y − σ|² · BCE(σ, y) (Li et al. 2020, "Generalized Focal Loss").
+- Sigmoid scores learn by the quality focal loss, |y − σ|² · BCE(σ, y) (Li et al. 2020, "Generalized Focal Loss"). The
+  factor |y − σ|² counts as a constant in the gradient, as the weights of RT-DETR's varifocal loss do.
 - Softmax scores learn by the Kullback-Leibler divergence from the teacher's distribution, whose rest is "no object".
 
 In classes that an image is not labelled for, all queries count fully: those with a box learn its scores, however low,
 and the others that they show none of these classes. Classes that the teacher does not know learn nothing from it.
 
-All terms are sums over boxes, weighted by the teacher's weight and its highest score, and divided by the sum of the
-highest scores in the global batch, so that they add up over ranks and micro-batches.
+All terms are sums over boxes, weighted by the teacher's weight and the squared score, and divided by the sum of the
+squared scores in the global batch, so that they add up over ranks and micro-batches.
 """
 
 from typing import Any
@@ -37,8 +39,8 @@ _WEIGHTS_OF_TERMS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 
 
 def taught_weight(batch: Batch) -> float:
-    """Return the sum of the highest scores of a micro-batch's teacher boxes, the divisor of their loss terms."""
-    return sum(float(_highest(label).sum()) for label in batch.labels if _BOXES in label)
+    """Return the sum of the squared scores of a micro-batch's teacher boxes, the divisor of their loss terms."""
+    return sum(float(_squared(label).sum()) for label in batch.labels if _BOXES in label)
 
 
 def teacher_terms(detector: Detector, outputs: Any, labels: Labels, *, weight: float) -> dict[str, Tensor]:
@@ -86,11 +88,11 @@ def _groups(detector: Detector, logits: Tensor, boxes: Tensor) -> list[tuple[Ten
     return list(zip(*both, strict=True))
 
 
-def _highest(label: Any) -> Tensor:
-    """Return the highest score of each of an image's teacher boxes, float32 [T]."""
+def _squared(label: Any) -> Tensor:
+    """Return the square of the highest score of each of an image's teacher boxes, float32 [T]."""
     scores = label[_SCORES].float()
-    highest: Tensor = scores.amax(dim=1) if len(scores) else scores.new_zeros(0)
-    return highest
+    squared: Tensor = scores.amax(dim=1).square() if len(scores) else scores.new_zeros(0)
+    return squared
 
 
 def _of_image(
@@ -106,7 +108,7 @@ def _of_image(
         unlabelled: Mask of the classes that the image is not labelled for, [C]; None if it is labelled for all.
     """
     sums = {name: logits.new_zeros(()) for name in ("class", "bbox", "giou")}
-    weights = _highest(label) * label[_WEIGHTS][label[_OWNERS]]
+    weights = _squared(label) * label[_WEIGHTS][label[_OWNERS]]
     for number, teacher_weight in enumerate(label[_WEIGHTS].tolist()):
         if teacher_weight == 0:
             continue

@@ -29,6 +29,8 @@ _MAX_SIDE = 2**31
 
 SOURCE_ID = (pa.field("source_id", pa.string()),)
 """The extra column of most sources."""
+ORIGIN_KEY = "labels"
+"""Key of `Source.origin` in the metadata of a table."""
 OTHER_CLASS = "objects of classes that are not in --classes, dropped"
 SKIPPED = "files skipped because their endings are not those of images"
 

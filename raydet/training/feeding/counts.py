@@ -22,6 +22,7 @@ class EpochShare:
         uri: The images table.
         weight: Its weight.
         num_images: Its images.
+        num_boxes: Its boxes of each class of the mixture, int64 [C].
         images_per_epoch: Images per epoch, on average.
         boxes_per_epoch: Boxes per epoch of each class of the mixture, on average, float64 [C].
     """
@@ -29,6 +30,7 @@ class EpochShare:
     uri: str
     weight: float
     num_images: int
+    num_boxes: Integers
     images_per_epoch: float
     boxes_per_epoch: Floats
 
@@ -42,19 +44,22 @@ def shown_of(mixture: Mixture) -> list[EpochShare]:
     result, first = [], 0
     num_classes = len(mixture.categories)
     for source in mixture.sources:
-        boxes, images = np.zeros(num_classes), 0.0
+        own, boxes, images = np.zeros(num_classes, np.int64), np.zeros(num_classes), 0.0
         for num_rows, owners, classes in _classes_of(source):
             factors = np.ones(num_rows) if mixture.repeats is None else mixture.repeats.factors[first:][:num_rows]
+            own += np.bincount(classes, minlength=num_classes)
             boxes += np.bincount(classes, weights=factors[owners], minlength=num_classes)
             images += float(factors.sum())
             first += num_rows
-        result.append(EpochShare(source.table.uri, source.weight, source.table.num_rows, images, boxes))
+        result.append(EpochShare(source.table.uri, source.weight, source.table.num_rows, own, images, boxes))
     return result
 
 
-def lines_of(mixture: Mixture, shown: Sequence[EpochShare]) -> list[str]:
-    """Describe for the terminal what an epoch shows."""
-    lines = [f"{mixture.num_shown:,} images per epoch, of {counted(mixture.num_rows, 'image')}:"]
+def lines_of(shown: Sequence[EpochShare], names: Sequence[str]) -> list[str]:
+    """Describe for the terminal what an epoch shows of each table; `names` are those of the classes."""
+    num_images = sum(one.num_images for one in shown)
+    num_shown = sum(one.images_per_epoch for one in shown)
+    lines = [f"{counted(max(1, round(num_shown)), 'image')} per epoch, of {counted(num_images, 'image')}:"]
     lines += [
         f"  {one.images_per_epoch:,.0f} of {one.num_images:,} in {one.uri}"
         + (f" (weight {one.weight:g})" if one.weight != 1 else "")
@@ -66,10 +71,10 @@ def lines_of(mixture: Mixture, shown: Sequence[EpochShare]) -> list[str]:
     for index in order[:_MOST_CLASSES_SHOWN].tolist():
         of_each = " + ".join(f"{number:,.0f}" for number in boxes[index])
         parts = f" = {of_each}" if len(shown) > 1 else ""
-        lines.append(f"  {mixture.categories[index].name}: {boxes[index].sum():,.0f}{parts}")
+        lines.append(f"  {names[index]}: {boxes[index].sum():,.0f}{parts}")
     if len(order) > _MOST_CLASSES_SHOWN:
         rest = order[_MOST_CLASSES_SHOWN:]
-        lines.append(f"  {counted(len(rest), 'other class')}: {boxes[rest].sum():,.0f}")
+        lines.append(f"  {counted(len(rest), 'other class', 'other classes')}: {boxes[rest].sum():,.0f}")
     return lines
 
 

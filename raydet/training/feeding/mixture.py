@@ -1,7 +1,7 @@
 """Several images tables as one: one after the other, with merged classes, each image shown as often as planned."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -85,6 +85,16 @@ class Mixture:
         if not self.teachers:
             return images
         return _replaced(images, {TEACHER: taught(self.teachers, group.first_row, group.num_rows)})
+
+    def rows_at(self, positions: Sequence[int]) -> Iterator[tuple[int, pa.StructScalar]]:
+        """Yield the rows at some positions as `read` returns them, in order, reading only their row groups."""
+        left, groups = sorted(positions), self.row_groups()
+        ends = np.cumsum([group.num_rows for group in groups])
+        for number in np.unique(np.searchsorted(ends, left, side="right")).tolist():
+            first, rows = groups[number].first_row, self.read(groups[number])
+            while left and left[0] < ends[number]:
+                position = left.pop(0)
+                yield position, rows[position - first]
 
     def _first_rows(self) -> list[int]:
         return list(accumulate((source.table.num_rows for source in self.sources[:-1]), initial=0))

@@ -92,10 +92,22 @@ def open_sources(config: TrainConfig) -> Table | Mixture:
     mixture = merged(tables, weights, names or {})
     if config.teacher is not None:
         mixture = _with_teachers(mixture, config.teacher, names or {})
-    if config.repeat_rare is not None:
-        factors = repeat_factors(mixture, config.repeat_rare)
+    return with_repeats(mixture, config.repeat_rare)
+
+
+def with_repeats(mixture: Mixture, repeat_rare: float | None) -> Mixture:
+    """Repeat images by the weights of their tables and, with a threshold, by their rare classes.
+
+    With a threshold the classes of all boxes are read.
+
+    Raises:
+        UserError: A table is damaged.
+    """
+    weights = [source.weight for source in mixture.sources]
+    if repeat_rare is not None:
+        factors = repeat_factors(mixture, repeat_rare)
     elif weights != [1.0] * len(weights):
-        factors = np.repeat(weights, [table.num_rows for table in tables])
+        factors = np.repeat(weights, [source.table.num_rows for source in mixture.sources])
     else:
         return mixture
     return replace(mixture, repeats=Repeats(factors))
@@ -223,6 +235,10 @@ def _renamed(given: dict[str, str] | str | None) -> dict[str, str] | None:
     """
     if not isinstance(given, str):
         return given or None
+    if given.startswith("{"):  # YAML reads {a:b} as one word
+        raise UserError(
+            f"--rename-classes must be written as '{{OLD: NEW}}', with a blank after the colon; got {given}"
+        )
     try:
         content = storage.read_given_yaml(given, "file")
     except UserError as error:

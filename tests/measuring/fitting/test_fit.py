@@ -280,6 +280,16 @@ def test_refusals(fitted: dict[str, Any], tmp_path: Path) -> None:
     results.write_text("[]")
     with pytest.raises(UserError, match="does not say which model"):
         raydet.fit(**{**fitted, "detections": str(results)})
+    content = json.loads(Path(fitted["truth"]).read_text())
+    few = tmp_path / "few.json"
+    first, *others = content["images"]
+    boxes = [box for box in content["annotations"] if box["image_id"] != first["id"]]
+    few.write_text(json.dumps({**content, "images": others, "annotations": boxes}))
+    with pytest.raises(UserError, match=r"run predict on the images of this truth$"):
+        raydet.fit(**{**fitted, "truth": str(few)})
+    few.write_text(json.dumps({**content, "annotations": []}))
+    with pytest.raises(UserError, match=r"finds a labelled box of .* at IoU 0\.5"):
+        raydet.fit(**{**fitted, "truth": str(few)})
     wrong: list[dict[str, Any]] = [{"target_precision": 1.0}, {"target_precision": 0.0}, {"seed": -1}]
     for options in wrong:
         with pytest.raises(UserError):

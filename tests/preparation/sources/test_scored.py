@@ -154,6 +154,42 @@ def test_detections_become_labels_and_ignore_regions(folder: Path, tmp_path: Pat
         prepare(folder, out, threshold=0.7)
 
 
+def test_a_finished_table_is_not_taken_for_that_of_other_detections(folder: Path, tmp_path: Path) -> None:
+    detections, file, out = tmp_path / "found", tmp_path / "t.yaml", tmp_path / "out"
+    shutil.copytree(folder / "found", detections)
+    file.write_text("default: 0.6")
+    options: dict[str, Any] = {"detections": str(detections), "thresholds": str(file)}
+    prepare(folder, out, **options)
+    assert prepare(folder, out, **options).already_done
+    file.write_text("default: 0.5")
+    with pytest.raises(UserError, match=r"is finished, and --thresholds .*t\.yaml has changed since"):
+        prepare(folder, out, **options)
+    file.write_text("default: 0.6")
+    shutil.rmtree(detections)
+    assert prepare(folder, out, **options).already_done
+    write_detections(detections, str(folder / "inline"), errors=(1,))
+    with pytest.raises(UserError, match=r"is finished, and --detections .*found has changed since"):
+        prepare(folder, out, **options)
+
+
+@pytest.mark.parametrize(("paths", "is_same"), [("val/{}", False), ("photos/images/{}", True), ("{}", True)])
+def test_equal_names_in_folders_that_were_numbered_apart_are_no_proof(
+    folder: Path, tmp_path: Path, paths: str, is_same: bool
+) -> None:
+    other = tmp_path / "other"
+    with TableWriter(str(other), build_schema("images", CLASSES), config_hash="y" * 12) as writer:
+        writer.extra["id_space"] = "0123456789abcdef"
+        for row in rows_of(str(folder / "inline")):
+            row["image"]["path"] = paths.format(row["image"]["path"].rpartition("/")[2])
+            writer.write_rows([{name: row[name] for name in ("image_id", "image", "width", "height", "objects")}])
+    options: dict[str, Any] = {"data": str(other), "threshold": 0.6}
+    if is_same:
+        assert prepare(folder, tmp_path / "out", **options).accepted == NUM_IMAGES
+        return
+    with pytest.raises(UserError, match=r"different images: image 0 is 'val/00.png'.*'images/00.png'"):
+        prepare(folder, tmp_path / "out", **options)
+
+
 def test_the_table_names_the_model_and_the_thresholds(folder: Path, tmp_path: Path) -> None:
     prepare(folder, tmp_path / "out", threshold=0.6)
     labels = json.loads(open_table(str(tmp_path / "out")).schema.metadata[b"raydet"])["labels"]

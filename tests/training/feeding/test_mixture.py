@@ -156,6 +156,13 @@ def test_names_that_differ_in_case_only_stay_apart_within_a_table(shapes: Path, 
     assert [category.id for category in merged([one], [1.0], {"car": "van"}).categories] == [0, 7]
 
 
+def test_new_names_without_a_blank_are_not_taken_for_a_file(two_tables: tuple[Table, Table], tmp_path: Path) -> None:
+    uri = two_tables[0].uri
+    config = TrainConfig(train_data=uri, val_data=uri, out=str(tmp_path / "run"), rename_classes="{car:van}")
+    with pytest.raises(UserError, match=r"with a blank after the colon; got \{car:van\}"):
+        open_sources(config)
+
+
 def test_repeat_factors_are_those_of_lvis(two_tables: tuple[Table, Table], tmp_path: Path) -> None:
     """Compare with the definition, image by image: r = max(1, √(t / f)) of the rarest class, times the weight."""
     a, b = two_tables

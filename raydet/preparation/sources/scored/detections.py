@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydet.common.class_names import is_unused
-from raydet.common.errors import one_line
+from raydet.common.errors import UserError, one_line
 from raydet.common.redaction import without_secrets
 from raydet.common.version import __version__
 from raydet.config import PrepareDetectionsConfig
@@ -16,6 +16,7 @@ from raydet.preparation.sources.scored.pairing import places_of
 from raydet.preparation.sources.scored.rows import RecentRows
 from raydet.preparation.sources.scored.thresholds import choose_thresholds
 from raydet.preparation.sources.source import (
+    ORIGIN_KEY,
     Finding,
     FindingLog,
     Source,
@@ -24,12 +25,10 @@ from raydet.preparation.sources.source import (
     labelled_for,
     size_hw_of,
 )
-from raydet.tables.columns import (
-    flatten,
-    starts_of,
-)
+from raydet.tables import storage
+from raydet.tables.columns import flatten, starts_of
 from raydet.tables.schema import build_schema, parse_metadata
-from raydet.tables.table import Table
+from raydet.tables.table import Table, is_table, open_table
 
 _ROWS_AT_ONCE = 1024
 _LONGEST_REASON = 200
@@ -120,20 +119,43 @@ def _further_fields(images: Table, findings: FindingLog) -> tuple[pa.Field, ...]
     return tuple(fields)
 
 
-def _origin(found: Table, thresholds: list[float | None], config: PrepareDetectionsConfig) -> Mapping[str, Any]:
-    content = parse_metadata(found.schema, kind="detections", where=found.uri)
+def refuse_changed(config: PrepareDetectionsConfig, written: Table) -> None:
+    """Refuse a finished table if the same command would choose other labels now; detections may be gone since.
+
+    Raises:
+        UserError: The detections, or the thresholds in their file, have changed.
+    """
+    if not is_table(config.detections):
+        return
+    origin = parse_metadata(written.schema, kind="images", where=written.uri).get(ORIGIN_KEY, {})
+    found = open_table(config.detections, "detections")
+    has_file = config.thresholds is not None and storage.exists(config.thresholds)
+    changed = ""
+    if origin.get("detections_hash") != found.fingerprint:
+        changed = f"--detections {found.uri}"
+    elif has_file and origin.get("thresholds") != _by_name(found, choose_thresholds(found, config)):
+        changed = f"--thresholds {config.thresholds}"
+    if changed:
+        raise UserError(f"{written.uri} is finished, and {changed} has changed since; choose another --out")
+
+
+def _by_name(found: Table, thresholds: Sequence[float | None]) -> dict[str, float | None]:
     pairs = zip(found.categories, thresholds, strict=True)
-    by_name = {
+    return {
         category.name: least
         for index, (category, least) in enumerate(pairs)
         if least is not None or not is_unused(category.name, index)
     }
+
+
+def _origin(found: Table, thresholds: list[float | None], config: PrepareDetectionsConfig) -> Mapping[str, Any]:
+    content = parse_metadata(found.schema, kind="detections", where=found.uri)
     return {
         "checkpoint": content.get("checkpoint"),
         "checkpoint_hash": content.get("checkpoint_hash"),
         "detections": without_secrets(found.uri),
         "detections_hash": found.fingerprint,
-        "thresholds": by_name,
+        "thresholds": _by_name(found, thresholds),
         "ignore_threshold": config.ignore_threshold,
         "target_precision": config.target_precision,
         "truth": None if config.truth is None else without_secrets(config.truth),

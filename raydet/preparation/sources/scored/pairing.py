@@ -9,7 +9,7 @@ from raydet.common.errors import UserError
 from raydet.measuring.joining import key_columns, paths_in
 from raydet.measuring.paths import paths_differ
 from raydet.preparation.sources.scored.rows import RecentRows
-from raydet.tables.columns import BATCH_ROWS, Integers, image_ids_in, numbers_of, places_in
+from raydet.tables.columns import BATCH_ROWS, Flags, Integers, image_ids_in, numbers_of, places_in
 from raydet.tables.table import Table
 
 
@@ -51,8 +51,14 @@ def _remedy(images: Table) -> str:
 
 
 def _check_same(images: Table, found: Table, places: Integers | None) -> None:
-    """Refuse detections of other images: equal ids are no proof, because most folders are numbered from 0."""
+    """Refuse detections of other images: equal ids are no proof, because most folders are numbered from 0.
+
+    Nor are equal names in two folders, such as `train/000000.jpg` and `val/000000.jpg`, if each side has numbered its
+    own images. Then the path on one side must end with that on the other.
+    """
     rows, position, has_paths = RecentRows(found, ["path", "width", "height"]), 0, False
+    spaces = [table.manifest.get("id_space") for table in (images, found)]
+    is_foreign = None not in spaces and spaces[0] != spaces[1]
     for batch in images.iter_batches(key_columns(images), BATCH_ROWS):
         own = np.arange(position, position + batch.num_rows)
         other = rows.take(own if places is None else places[own])
@@ -64,7 +70,10 @@ def _check_same(images: Table, found: Table, places: Integers | None) -> None:
         both = np.flatnonzero(np.logical_and(*(numbers_of(pc.binary_length(own)) > 0 for own in paths)))
         if len(both):
             has_paths = True
-            is_bad[both] |= paths_differ(*(own.take(pa.array(both)) for own in paths))
+            of_both = [own.take(pa.array(both)) for own in paths]
+            is_bad[both] |= paths_differ(*of_both)
+            if is_foreign:
+                is_bad[both] |= ~(_end_alike(*of_both) | _end_alike(*reversed(of_both)))
         if is_bad.any():
             row = int(np.argmax(is_bad))
             shown = [
@@ -76,9 +85,14 @@ def _check_same(images: Table, found: Table, places: Integers | None) -> None:
                 f"{shown[0]} in the first, {shown[1]} in the second; use {_remedy(images)}"
             )
         position += batch.num_rows
-    spaces = [table.manifest.get("id_space") for table in (images, found)]
-    if not has_paths and None not in spaces and spaces[0] != spaces[1]:
+    if not has_paths and is_foreign:
         raise OtherImagesError(
             f"{images.uri} and {found.uri} number their images independently and share no paths that would identify "
             f"them; use {_remedy(images)}"
         )
+
+
+def _end_alike(longer: pa.LargeStringArray, shorter: pa.LargeStringArray) -> Flags:
+    """Return a mask of the paths that end with those of the other side, or equal them, bool [N]."""
+    own, other = ([f"/{path}" for path in paths.to_pylist()] for paths in (longer, shorter))
+    return np.array([path.endswith(end) for path, end in zip(own, other, strict=True)], np.bool_)
