@@ -1,5 +1,6 @@
 """`predict`: a model and any number of images → a detections table."""
 
+from collections import Counter
 from typing import Literal
 
 from raydet.config.fields import config, flag, option, require, require_not_negative, require_positive
@@ -141,7 +142,7 @@ class PredictConfig(WorkersConfig):
     )
 
     top_k: int | None = option(
-        "maximum detections per image, the best-scoring ones; by default the model's own limit",
+        "maximum detections per image, the best-scoring ones; by default the model's own limit, with --windowed none",
         None,
         group="Detections",
     )
@@ -260,6 +261,7 @@ class PredictConfig(WorkersConfig):
             return
         require(self.tile is not None, "--windowed needs --tile, the side of the windows")
         require(not self.draw, "--draw cannot be combined with --windowed: it draws whole images")
+        require(self.fps is None, "--fps cannot be combined with --windowed: it needs videos, not TIFF files")
         require(self.adapter is None, "--adapter cannot be combined with --windowed: give one model at a time")
         require(
             isinstance(self.data, str) or len(self.data) == 1,
@@ -409,6 +411,8 @@ class CropsConfig(WorkersConfig):
             self.prompt_template is None or (is_zero_shot and self.prompt_template.count("{}") == 1),
             "--prompt-template needs --labels, and must contain {} once",
         )
+        repeated = [label for label, number in Counter(self.labels or []).items() if number > 1]
+        require(not repeated, f"--labels names {', '.join(repeated)} more than once")
         texts = [*(self.labels or []), *(self.ask or [])]
         require(all(text.strip() for text in texts), "--labels and --ask must not be empty texts")
         require(not self.ask or self.task == "image-text-to-text", "--ask needs --task image-text-to-text")

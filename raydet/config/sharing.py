@@ -154,6 +154,10 @@ class ExportOpenvinoConfig:
         for name, table in tables.items():
             require(self.int8 or table is None, f"{name} needs --int8")
             require(not self.int8 or table is not None, f"--int8 needs {name}, an images table")
+        require(
+            not (self.int8 and self.fp16_weights),
+            "--fp16-weights changes the graph after --int8 has measured it; omit it with --int8",
+        )
         require(not (self.int8 and self.pixels_in), "--pixels-in writes a float graph; omit it with --int8")
         require(
             not (self.int8 and self.check_data),

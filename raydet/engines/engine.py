@@ -97,9 +97,10 @@ def no_gpu_package() -> UserError:
     )
 
 
-def no_fp16_on_cpu(engine: str) -> UserError:
-    """Make the error for fp16 without a GPU."""
-    return UserError(f"--precision fp16 needs a GPU, but --engine {engine} runs on the CPU here; use --precision bf16")
+def no_fp16_on_cpu(engine: str | None = None) -> UserError:
+    """Make the error for fp16 without a GPU; `engine` is that of a command with a choice of engines."""
+    what = "the model" if engine is None else f"--engine {engine}"
+    return UserError(f"--precision fp16 needs a GPU, but {what} runs on the CPU here; use --precision bf16")
 
 
 def no_lanczos_on_device(checkpoint: str | None) -> UserError:

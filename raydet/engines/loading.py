@@ -32,8 +32,8 @@ def resize_rule_before(config: PredictConfig) -> ResizeRule | None:
     return resize_rules_for(config.checkpoint, None)[0]
 
 
-def device_here(*, use_gpu: bool | None, precision: str, engine: str = "torch") -> str:
-    """Choose the device of a model in this process, cpu or cuda.
+def device_here(*, use_gpu: bool | None, precision: str, engine: str | None = None) -> str:
+    """Choose the device of a model in this process, cpu or cuda; `engine` is None for a command that has only torch.
 
     Raises:
         UserError: A GPU is required that torch does not see or the engine's package cannot use, or a precision that
@@ -41,9 +41,10 @@ def device_here(*, use_gpu: bool | None, precision: str, engine: str = "torch") 
     """
     import torch
 
-    if use_gpu and not can_use_gpu(engine):
+    own = engine or "torch"
+    if use_gpu and not can_use_gpu(own):
         raise no_gpu_package()
-    has_gpu = use_gpu is not False and can_use_gpu(engine) and torch.cuda.is_available()
+    has_gpu = use_gpu is not False and can_use_gpu(own) and torch.cuda.is_available()
     if use_gpu and not has_gpu:
         raise UserError("--use-gpu requires a GPU, but this machine has none; omit --use-gpu")
     if precision == "fp16" and not has_gpu:

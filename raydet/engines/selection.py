@@ -4,7 +4,7 @@ torch is imported only to compare boxes, so that the driver can check class name
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 LEAST_SCORE_OF_WHOLE = 0.5
 """In the merge of views: a box counts as part of another one if that has at least this fraction of its score."""
 _MOST_NAMES_SHOWN = 100
+_MOST_COMPARED = 20_000
+"""Boxes that are compared each with each; of more, as large pictures have, only those near each other."""
+_COMPARED_AT_ONCE = 64
+
+Integers = npt.NDArray[np.int64]
 
 
 def check_classes(classes: Sequence[str] | None, categories: Sequence[Category]) -> tuple[int, ...] | None:
@@ -98,8 +103,8 @@ def non_maximum_suppression(
     boxes_xywh: Boxes,
     scores: npt.NDArray[np.float64],
     iou: float,
-    categories: npt.NDArray[np.int64] | None = None,
-) -> npt.NDArray[np.int64]:
+    categories: Integers | None = None,
+) -> Integers:
     """Go through boxes in descending score order and drop each that overlaps a kept one by more than `iou`.
 
     Args:
@@ -111,6 +116,8 @@ def non_maximum_suppression(
     Returns:
         Ascending indices of the boxes to keep.
     """
+    if len(scores) > _MOST_COMPARED:
+        return _kept_among_neighbours(xywh_to_xyxy(boxes_xywh), iou, categories)
     import torch
     from torchvision.ops import batched_nms, nms
 
@@ -121,3 +128,56 @@ def non_maximum_suppression(
         kept = batched_nms(corners, values, torch.from_numpy(np.ascontiguousarray(categories)), iou)
     # torchvision's order is not stable for equal scores; that of the indices is.
     return np.sort(kept.numpy())
+
+
+def _kept_among_neighbours(boxes_xyxy: Boxes, iou: float, categories: Integers | None) -> Integers:
+    """Return what torchvision returns, in a time that grows with the number of boxes instead of its square."""
+    pairs = list(_overlapping_pairs(boxes_xyxy, iou, categories))
+    better, worse = (np.concatenate([own[side] for own in pairs]) for side in (0, 1))
+    order = np.argsort(better, kind="stable")
+    is_kept = np.ones(len(boxes_xyxy), np.bool_)
+    for first, second in zip(better[order].tolist(), worse[order].tolist(), strict=True):
+        if is_kept[first]:  # decided, since all that are better have had their turn
+            is_kept[second] = False
+    return np.flatnonzero(is_kept)
+
+
+def _overlapping_pairs(
+    boxes_xyxy: Boxes, iou: float, categories: Integers | None
+) -> Iterator[tuple[Integers, Integers]]:
+    """Yield, part by part, the pairs of boxes of a category that overlap by more than `iou`: better and worse one.
+
+    Boxes are sorted into vertical strips as wide as the widest box, so that each can overlap only those of its own
+    strip and of the next ones to both sides, and within a strip by their upper edges.
+    """
+    left, top, right, bottom = boxes_xyxy.T
+    widest, highest = max(float((right - left).max()), 1.0), float((bottom - top).max())
+    strips = np.floor((left - left.min()) / widest).astype(np.int64)
+    order = np.lexsort((top, strips))
+    strips_in_order = strips[order]
+    for strip in np.unique(strips_in_order).tolist():
+        start, middle, end = np.searchsorted(strips_in_order, (strip, strip + 1, strip + 2)).tolist()
+        own, near = order[start:middle], order[start:end]
+        near = near[np.argsort(top[near], kind="stable")]
+        tops = top[near]
+        for at in range(0, len(own), _COMPARED_AT_ONCE):
+            part = own[at : at + _COMPARED_AT_ONCE]
+            low, high = np.searchsorted(tops, (top[part[0]] - highest, bottom[part].max())).tolist()
+            others = near[low:high]
+            is_pair = _ious(boxes_xyxy[part], boxes_xyxy[others]) > iou
+            # Each pair of the strip once; those with the next strip are only found here.
+            is_pair &= (strips[others] > strip) | (part[:, None] < others)
+            if categories is not None:
+                is_pair &= categories[part][:, None] == categories[others]
+            rows, columns = np.nonzero(is_pair)
+            yield np.minimum(part[rows], others[columns]), np.maximum(part[rows], others[columns])
+
+
+def _ious(boxes_xyxy: Boxes, other_xyxy: Boxes) -> Boxes:
+    """Return the intersections over unions [N, M] in torchvision's order of operations; NaN for two empty boxes."""
+    low = np.maximum(boxes_xyxy[:, None, :2], other_xyxy[:, :2])
+    sides = np.maximum(np.minimum(boxes_xyxy[:, None, 2:], other_xyxy[:, 2:]) - low, 0.0)
+    shared = sides[..., 0] * sides[..., 1]
+    areas, other_areas = ((own[:, 2] - own[:, 0]) * (own[:, 3] - own[:, 1]) for own in (boxes_xyxy, other_xyxy))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(shared / (areas[:, None] + other_areas - shared))

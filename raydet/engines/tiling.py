@@ -171,12 +171,21 @@ def _without_fragments(found: _Found, iou: float) -> _Found:
     """Drop parts of objects of which another window shows more."""
     boxes_xyxy = xywh_to_xyxy(found.boxes_xywh)
     is_fragment = np.zeros(len(boxes_xyxy), dtype=np.bool_)
+    by_window = np.argsort(found.windows, kind="stable")
+    starts = np.searchsorted(found.windows[by_window], np.arange(len(found.windows_xyxy) + 1))
+    by_left = np.argsort(boxes_xyxy[:, 0])
+    lefts, widest = boxes_xyxy[by_left, 0], found.boxes_xywh[:, 2].max(initial=0.0)
     for number, window_xyxy in enumerate(found.windows_xyxy):
-        is_own = found.windows == number
-        cut = np.flatnonzero(found.is_cut & is_own)
+        own = by_window[starts[number] : starts[number + 1]]
+        cut = own[found.is_cut[own]]
+        if not len(cut):
+            continue
+        # Others further to the left or right do not reach into the window.
+        first, last = np.searchsorted(lefts, (window_xyxy[0] - widest, window_xyxy[2])).tolist()
+        near = np.sort(by_left[first:last])
         # The model saw both boxes in one window and reported them as two objects.
-        others = np.flatnonzero(~is_own & (_intersections(boxes_xyxy, window_xyxy) > 0))
-        if len(cut) and len(others):
+        others = near[(found.windows[near] != number) & (_intersections(boxes_xyxy[near], window_xyxy) > 0)]
+        if len(others):
             is_fragment[cut] = _are_parts(found, boxes_xyxy, cut, others, window_xyxy, iou)
     return found.take(~is_fragment)
 

@@ -64,6 +64,11 @@ def turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(_TURNS[orientation](pixels) if orientation in _TURNS else pixels)
 
 
+def ppm_header(size_hw: tuple[int, int]) -> bytes:
+    """Return what precedes RGB pixels of this size in a PPM image, which `decode` reads like any other."""
+    return b"P6 %d %d 255\n" % size_hw[::-1]
+
+
 def check_conversion(image: ImageFile.ImageFile) -> None:
     """Convert a loaded image, or the start of a large one, and drop the result; raise as `upright_rgb` does."""
     is_large = image.width * image.height > _PIXELS_AT_ONCE

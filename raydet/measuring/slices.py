@@ -17,6 +17,8 @@ PROPERTIES = ("box_size", "crowding", "image_size")
 """Properties that need no column; a column with one of these names is ignored."""
 UNKNOWN = "unknown"
 """Group of the images without a value."""
+EMPTY = "(empty)"
+"""Name of a text without a character."""
 
 _MAX_VALUES = 50
 _MAX_NUMBERS = 12
@@ -62,8 +64,9 @@ def slices_of(
 
     A column of text, booleans or up to 12 distinct numbers yields one slice per value. A column of more numbers, of
     dates or of times yields up to four slices with about as many images each, named by their lowest and highest value.
-    Null and NaN are "unknown". Properties: `box_size`, COCO's size classes of the labelled box; `crowding`, number of
-    boxes in the image, crowds excluded; `image_size`, the longer side of the image.
+    Null and NaN are "unknown", and the empty text is "(empty)"; so are texts of these names. Properties: `box_size`,
+    COCO's size classes of the labelled box; `crowding`, number of boxes in the image, crowds excluded; `image_size`,
+    the longer side of the image.
 
     `columns` are the extra columns of the images table by name, and `sizes_hw` height and width in pixels, 0 if
     unknown, int64 [I, 2], both in the order of `truth.image_ids`; `areas` are the protocol's size classes.
@@ -119,11 +122,11 @@ def _in_steps(values: Integers, steps: Sequence[tuple[float, str]]) -> tuple[Int
 def groups_in(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> tuple[Integers, list[str]]:
     """Return the group of each value of a column, int64 [I], and the names of the groups in a fixed order.
 
-    The last group, `UNKNOWN`, is that of null and NaN; raises as `slices_of` does.
+    Null and NaN are in the group `UNKNOWN`, the last one unless a text has this name; raises as `slices_of` does.
     """
     if name not in columns:
         usable = [column for column, values in columns.items() if _is_usable(values.type)]
-        there = f"the images table has the columns {', '.join(usable)}" if usable else "the truth has no extra columns"
+        there = f"the columns are {', '.join(usable)}" if usable else "the truth has no extra columns"
         raise UserError(
             f"--slice-by: no column or property {name}; {there}; the properties are {', '.join(PROPERTIES)}"
         )
@@ -151,9 +154,11 @@ def groups_in(name: str, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> t
         names = [_label(value) for value in distinct.to_pylist()]
     else:
         place, names = _quarters(place, distinct)
-    if UNKNOWN not in names:
-        names = [*names, UNKNOWN]
-    return np.where(place < 0, names.index(UNKNOWN), place), names
+    names = [*names, UNKNOWN]
+    # Values of one name are one group, so that no two slices have the same name.
+    distinct_names = list(dict.fromkeys(names))
+    group_of = np.array([distinct_names.index(own) for own in names])
+    return group_of[place], distinct_names  # -1 is the last one
 
 
 def _is_usable(dtype: pa.DataType) -> bool:
@@ -181,9 +186,9 @@ def _quarters(place: Integers, distinct: pa.Array) -> tuple[Integers, list[str]]
 
 
 def _label(value: Any) -> str:
-    """Return a value as a name: lower-case booleans, short numbers, ISO 8601 times."""
+    """Return a value as a name: lower-case booleans, short numbers, ISO 8601 times, texts that are not empty."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.12g}"
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    return value.isoformat() if hasattr(value, "isoformat") else str(value) or EMPTY

@@ -23,6 +23,7 @@ from raydet.common.untrusted.documents import parse_json
 from raydet.config import CropsConfig, config_hash, identity
 from raydet.config.fields import with_options
 from raydet.images.collection import Collection, index_in, open_collection
+from raydet.images.windows.index import PICTURE_FIELDS
 from raydet.models.checkpoints import fingerprint, read_checkpoint
 from raydet.scoring.plan import COUNTS_KEY, files_of_chunks, part_name
 from raydet.second_looks.models.looker import answer_fields, check_task
@@ -83,6 +84,11 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
     """
     console = console or Console()
     found = open_table(config.detections, "detections")
+    if all(field.name in found.schema.names for field in PICTURE_FIELDS):
+        raise UserError(
+            f"{found.uri} is about pictures that predict --windowed read in parts, but crops decodes whole images; "
+            "score those that are small enough with --tile alone"
+        )
     model = read_checkpoint(config.model)
     check_task(config, model.content)
     labels = labels_of(config, model) if config.relabel is not None else ()
@@ -95,7 +101,10 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
         model=model.name,
     )
     with open_folder(config.out, command="crops", notify=console.line) as folder:
-        if not folder.refuse_foreign([RELABELLED]):
+        records, already_done = folder.refuse_foreign([RELABELLED]), is_table(folder.uri)
+        # Such as one whose model could not be loaded: the next one may have other settings.
+        has_nothing = not already_done and not files_of_chunks(folder)
+        if not records or has_nothing:
             storage.delete_file(index_in(folder.uri))
         images = open_collection(
             config.data, index_uri=index_in(folder.uri), allow_root=config.allow_root, fps=config.fps
@@ -107,8 +116,7 @@ def crops(config: CropsConfig, *, console: Console | None = None) -> CropsResult
             "data_fingerprint": images.fingerprint,
             "model_fingerprint": model_fingerprint,
         }
-        earlier = folder.admit(run_identity, folders=[RELABELLED])
-        already_done = is_table(folder.uri)
+        earlier = folder.admit(run_identity, folders=[RELABELLED], is_disposable=has_nothing)
         if earlier is None:
             folder.begin(
                 run_identity, folders=[RELABELLED], plan={"images_per_file": config.rows_per_file or _IMAGES_PER_FILE}

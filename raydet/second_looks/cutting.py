@@ -14,7 +14,7 @@ from raydet.images.decode import DecodeError, decode
 from raydet.second_looks.models.looker import Pixels
 from raydet.second_looks.work import CropsWork
 from raydet.tables.columns import image_ids_in
-from raydet.tables.table import Table
+from raydet.tables.table import Table, refusing_damage
 
 _MOST_BYTES_AHEAD = 512 * 2**20
 """Decoded pixels that wait for the model."""
@@ -94,12 +94,16 @@ def _images(work: CropsWork, rows: range) -> Iterator[_OpenedImage]:
                     "bbox": box,
                     "score": score,
                 }
-                for place, (category, box, score) in enumerate(
-                    zip(found["category"], found["bbox"], found["score"], strict=True)
-                )
+                for place, (category, box, score) in enumerate(_boxes_in(found))
                 if score >= work.config.score_threshold
             ]
             yield _OpenedImage(image, detections, error=image.error)
+
+
+def _boxes_in(found: dict[str, Any] | None) -> Iterator[tuple[int, list[float], float]]:
+    """Yield category, box and score of each detection of a row, which may be null if there are none."""
+    lists = [found[name] or [] for name in ("category", "bbox", "score")] if found else []
+    return zip(*lists, strict=True)
 
 
 def detections_in(found: Table, rows: range, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -107,11 +111,13 @@ def detections_in(found: Table, rows: range, columns: Sequence[str] | None = Non
 
     Raises:
         RunError: The table has fewer rows.
+        UserError: It is damaged, or cannot be read.
     """
     num_rows = 0
-    for batch in found.read_rows(rows.start, rows.stop, columns):
-        num_rows += batch.num_rows
-        yield batch
+    with refusing_damage(found.uri):
+        for batch in found.read_rows(rows.start, rows.stop, columns):
+            num_rows += batch.num_rows
+            yield batch
     if num_rows != len(rows):
         raise RunError(f"{found.uri} changed during the run; run the same command again")
 

@@ -72,7 +72,7 @@ def connected(config: CropsConfig, console: Console) -> Iterator[Actors]:
         )
         console.line(resources.describe(config.num_workers, config.num_workers))
         if resources.use_gpu is False and config.precision == "fp16":
-            raise no_fp16_on_cpu("torch")
+            raise no_fp16_on_cpu()
         reads = shared_inputs(config.data, {"--model": config.model})
         reads["--detections"] = (config.detections, storage.join(config.detections, MANIFEST_NAME))
         check_shared(reads=reads, writes=(config.out, log_folder))

@@ -97,7 +97,7 @@ def _relabelled(batch: pa.RecordBatch, given: pa.Table, index_of: dict[str, int]
     columns = plain_columns(batch)
     detections = columns["detections"]
     lists = detections.field("category")
-    starts, old = starts_of(pc.list_value_length(lists).to_numpy(zero_copy_only=False)), numbers_of(lists.flatten())
+    starts, old = starts_of(numbers_of(pc.fill_null(pc.list_value_length(lists), 0))), numbers_of(lists.flatten())
     new = old.copy()
     row_of = {image_id: row for row, image_id in enumerate(image_ids_in(batch).tolist())}
     for image_id, place, label in zip(*(given[name].to_pylist() for name in given.column_names[:3]), strict=True):

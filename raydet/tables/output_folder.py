@@ -30,11 +30,17 @@ RUN_FILE = ".run.json"
 _LOG_FOLDER = "log"
 _RECORD_SCHEMA = 2
 _FOLDER_NAME = re.compile(r"\w[\w.-]*")
+_OF_ADAPTERS = "adapter_fingerprints"
 _FINGERPRINTS = {
     "checkpoint_fingerprint": "the checkpoint's weights or settings have changed since",
-    "adapter_fingerprints": "the weights or settings of an adapter have changed since",
+    "model_fingerprint": "the model's weights or settings have changed since",
+    _OF_ADAPTERS: "the weights or settings of an adapter have changed since",
     "operating_point_fingerprint": "the checkpoint's operating point has changed since",
     "data_fingerprint": "the images have changed since",
+    "examples_fingerprint": "the pictures of --examples have changed since",
+    "detections_fingerprint": "the detections have changed since",
+    "other_fingerprint": "the detections of --other have changed since",
+    "labelled_fingerprint": "the images of --labelled-data have changed since",
 }
 
 
@@ -296,8 +302,12 @@ def _changes(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = [*now, *(name for name in earlier if name not in now)]
     if earlier.get("source") != now.get("source"):
         names = ["source"]  # whose options are others
-    return [
-        _FINGERPRINTS.get(name) or f"{_shown(name)}: {earlier.get(name)} → {now.get(name)}"
-        for name in names
-        if earlier.get(name) != now.get(name)
-    ]
+    changed = [name for name in names if earlier.get(name) != now.get(name)]
+    if changed != [_OF_ADAPTERS] and not _has_changed_entry(earlier.get(_OF_ADAPTERS), now.get(_OF_ADAPTERS)):
+        changed = [name for name in changed if name != _OF_ADAPTERS]  # only others were named
+    return [_FINGERPRINTS.get(name) or f"{_shown(name)}: {earlier.get(name)} → {now.get(name)}" for name in changed]
+
+
+def _has_changed_entry(earlier: dict[str, str] | None, now: dict[str, str] | None) -> bool:
+    earlier, now = earlier or {}, now or {}
+    return any(earlier[name] != now[name] for name in earlier.keys() & now.keys())

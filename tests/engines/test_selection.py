@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydet.common.boxes import Boxes
 from raydet.common.errors import UserError
-from raydet.engines.selection import check_classes, select
+from raydet.engines import selection
+from raydet.engines.selection import check_classes, non_maximum_suppression, select
 from raydet.models.detector import Detections
 from raydet.tables.schema import Category
 
@@ -44,6 +46,45 @@ def chosen(**options: object) -> list[int]:
         "int64",
     ]
     return rows
+
+
+@pytest.mark.parametrize("widest", [30.0, 400.0])
+def test_suppression_among_neighbours_keeps_what_torchvision_keeps(
+    monkeypatch: pytest.MonkeyPatch, widest: float
+) -> None:
+    rng = np.random.default_rng(int(widest))
+    num = 2_000
+    centres, sides = rng.uniform(-50, 500, (num, 2)), rng.uniform(0, 30, (num, 2))
+    sides[:40] = rng.uniform(0, widest, (40, 2))
+    boxes = np.concatenate([centres, sides], axis=1)
+    boxes[200:400] = boxes[:200]  # equal boxes, and boxes without area
+    boxes[50:60, 2:] = 0
+    order = rng.permutation(num)
+    boxes, scores = boxes[order], np.sort(rng.integers(1, 100, num) / 100)[::-1]
+    for categories in (None, rng.integers(0, 3, num)):
+        expected = non_maximum_suppression(boxes, scores, 0.4, categories)
+        with monkeypatch.context() as patch:
+            patch.setattr("raydet.engines.selection._MOST_COMPARED", 0)
+            found = non_maximum_suppression(boxes, scores, 0.4, categories)
+        assert 0 < len(expected) < num
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_few_boxes_of_a_large_picture_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_compared = 0
+
+    def counted(boxes_xyxy: Boxes, other_xyxy: Boxes) -> Boxes:
+        nonlocal num_compared
+        num_compared += len(boxes_xyxy) * len(other_xyxy)
+        return real(boxes_xyxy, other_xyxy)
+
+    real = selection._ious
+    monkeypatch.setattr(selection, "_ious", counted)
+    rng = np.random.default_rng(0)
+    num = 25_000
+    boxes = np.concatenate([rng.uniform(0, 10_000, (num, 2)), rng.uniform(5, 60, (num, 2))], axis=1)
+    kept = non_maximum_suppression(boxes, np.linspace(1, 0.1, num), 0.3)
+    assert 0.9 * num < len(kept) < num and 0 < num_compared < 250 * num
 
 
 def test_with_all_off_the_same_object_comes_back() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from raydet.cli.main import main
 from raydet.tables.schema import IMAGE_TYPE, Category, build_schema
 from raydet.tables.table import TableWriter
-from tests.hostile import pictures
+from tests.hostile import pictures, tiffs
 
 WIDTH, HEIGHT = 40, 30
 CLASSES = ("cat", "dog")
@@ -203,6 +203,9 @@ def make(base: Path) -> None:
     for folder in _IMAGE_FOLDERS:
         for number, name in enumerate(IMAGES):
             picture(base / folder / name, number)
+    (base / "windowed").mkdir()
+    for name in ("a.tif", "b.tif"):
+        (base / "windowed" / name).write_bytes(tiffs.GOOD["tiles"]())
     hub_rows(base / "hub rows", list(IMAGES))
     source = f"--annotations {base}/coco/coco.json --images {base}/coco/images"
     run_command(f"prepare coco {source} --out {base}/tables/images")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.hostile import archives, base, models, pictures, servers, tables, texts, things
+from tests.hostile import archives, base, models, pictures, servers, tables, texts, things, tiffs
 from tests.hostile.case import Case, Scene, unique
 from tests.hostile.formats import FORMATS, Format, changed
 from tests.hostile.options import option_cases, output_cases
@@ -23,6 +23,7 @@ def all_cases(good: Path | None) -> list[Case]:
             *(case for form in FORMATS for make in _KINDS for case in _share(form, make(form, good))),
             *(Case("controls", form.name, _NOTHING, form.build, True, 60, form.weight) for form in FORMATS),
             *_archives(),
+            *_tiffs(),
             *_web(),
             *_coco_structures(),
             *_on_ray(),
@@ -199,6 +200,16 @@ def _archives() -> Iterator[Case]:
                 return form.words(scene)
 
             yield Case("files", shape, f"{thing} as {place}", put, weight="heavy")
+
+
+def _tiffs() -> Iterator[Case]:
+    form = next(form for form in FORMATS if form.name == "predict windowed")
+    for name, make in tiffs.TIFFS.items():
+
+        def change(scene: Scene, make: pictures.Make = make) -> None:
+            (scene.data / form.base / "b.tif").write_bytes(make())
+
+        yield _case(form, "tiffs", name, change, survives=True)
 
 
 def _web() -> Iterator[Case]:

@@ -309,6 +309,15 @@ _OTHERS = (
         follows_links=True,
     ),
     Format(
+        "predict windowed",
+        "windowed",
+        "predict --checkpoint {base}/model --data {data} --tile 1024 --windowed --out {out}",
+        images=["b.tif"],
+        folders=[""],
+        weight="heavy",
+        every=8,
+    ),
+    Format(
         "predict model",
         "model",
         "predict --checkpoint {data} --data {base}/images --limit 1 --out {out}",

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.hostile import archives
+from tests.hostile import archives, tiffs
 
 _EDGES = (0, 1, 2, 0x7F, 0x80, 0xFE, 0xFF)
 
@@ -41,6 +41,16 @@ def _edited(good: bytes, edits: list[tuple[str, int, Any]]) -> bytes:
         else:
             data[place:place] = value
     return bytes(data)
+
+
+def with_foreign_fields(good: bytes) -> st.SearchStrategy[bytes]:
+    """Return a TIFF in whose first directory some fields have other values."""
+    fields = [
+        st.tuples(st.just(getattr(entry, name)), st.sampled_from(values) | st.integers(0, 2**32))
+        for entry in tiffs.entries_of(good)
+        for name, values in tiffs.WRONG.items()
+    ]
+    return st.lists(st.one_of(fields), min_size=1, max_size=4).map(lambda changes: tiffs.with_fields(good, changes))
 
 
 NUMBERS = st.one_of(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -15,11 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raydet.common.errors import UserError
-from raydet.config import PrepareCocoConfig, PrepareCsvConfig, PrepareVocConfig
-from raydet.images.collection import open_collection
+from raydet.config import DEFAULT_MAX_PIXELS, PrepareCocoConfig, PrepareCsvConfig, PrepareVocConfig
+from raydet.images.collection import WindowedCollection, open_collection
 from raydet.images.decode import DecodeError, check, decode
 from raydet.images.files import ImageFolder
+from raydet.images.references import Reference
 from raydet.images.tars import image_members
+from raydet.images.windows.directory import WindowError
+from raydet.images.windows.index import MAX_WINDOWS, WindowSize, open_picture
 from raydet.preparation.sources.coco import read_coco
 from raydet.preparation.sources.lists import ImageList, read_list
 from raydet.preparation.sources.source import Source
@@ -29,12 +33,13 @@ from raydet.preparation.sources.yolo import read_yolo
 from raydet.preparation.sources.yolo_files import find_in_folders
 from raydet.tables.layout import MANIFEST_NAME
 from raydet.tables.table import open_table
-from tests.hostile import base, tables
+from tests.hostile import base, tables, tiffs
 from tests.hostile.mutation import (
     TARS,
     addresses_of,
     damaged,
     damaged_text,
+    with_foreign_fields,
     with_foreign_values,
 )
 from tests.hostile.pictures import saved
@@ -44,6 +49,8 @@ EXAMPLES = pytest.mark.parametrize(
     "num_examples", [50, pytest.param(10_000, marks=[pytest.mark.hostile, pytest.mark.timeout(1800)])]
 )
 _MAX_PIXELS = 1_000_000
+_SIDE = 640
+"""Of the windows of pictures."""
 _LONGEST_S = 10.0
 
 
@@ -79,7 +86,7 @@ def _in_time() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _check_message(error: UserError) -> None:
+def _check_message(error: UserError | WindowError) -> None:
     assert "\n" not in str(error), "a message of several lines"
 
 
@@ -177,6 +184,65 @@ def test_images(num_examples: int, name: str) -> None:
     groups = {"jpeg": ("jpeg", "progressive"), "png": ("png", "palette"), "webp": ("webp", "lossless")}
     groups |= {"tiff": ("tiff", "tiff lzw"), "others": ("gif", "bmp")}
     holds(num_examples, st.one_of([damaged(PICTURES[own]) for own in groups[name]]), claim)
+
+
+def _windows_or_refused(path: Path, data: bytes, max_pixels: int) -> None:
+    """Check that the corners of a picture can be read by windows, or that there is a reason in one line."""
+    path.write_bytes(data)
+    try:
+        pictures = open_collection(str(path), index_uri=None, windows=WindowSize(_SIDE, max_pixels))
+    except UserError as error:
+        _check_message(error)
+        return
+    assert isinstance(pictures, WindowedCollection)
+    ((reference, size_hw),) = ((Reference(*own[2:5]), own.size_hw) for own in pictures.pictures(0, 1))
+    assert size_hw is not None and size_hw[0] * size_hw[1] <= MAX_WINDOWS * _SIDE**2
+    height, width = (min(side, _SIDE) for side in size_hw)
+    try:
+        with open_picture(reference, pictures.reader(), max_pixels=max_pixels) as picture:
+            for top, left in ((0, 0), (size_hw[0] - height, size_hw[1] - width)):
+                assert picture.window(left, top, width, height).shape == (height, width, 3)
+    except WindowError as error:
+        _check_message(error)
+
+
+@contextlib.contextmanager
+def _in_little_memory() -> Iterator[None]:
+    """Let this process map another gigabyte at most."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("name", tiffs.TIFFS)
+def test_hostile_tiffs(name: str, tmp_path: Path) -> None:
+    data = tiffs.TIFFS[name]()
+    with _in_time(), _in_little_memory():
+        _windows_or_refused(tmp_path / "a.tif", data, DEFAULT_MAX_PIXELS)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("name", tiffs.GOOD)
+def test_damaged_tiffs(num_examples: int, name: str, tmp_path: Path) -> None:
+    good = tiffs.GOOD[name]()
+
+    def claim(data: bytes) -> None:
+        with _in_little_memory():
+            _windows_or_refused(tmp_path / "a.tif", data, _MAX_PIXELS)
+
+    holds(num_examples, with_foreign_fields(good) | damaged(good), claim)
+
+
+@pytest.mark.hostile
+@pytest.mark.timeout(600)
+def test_each_field_of_a_directory_with_each_wrong_value(tmp_path: Path) -> None:
+    for _, data in tiffs.altered():
+        with _in_time(), _in_little_memory():
+            _windows_or_refused(tmp_path / "a.tif", data, _MAX_PIXELS)
 
 
 def _consumed(make: Callable[[], Source]) -> None:

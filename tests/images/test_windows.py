@@ -255,6 +255,40 @@ def test_pictures_are_listed_with_their_sizes(tmp_path: Path) -> None:
     assert found["pictures/a.tif"]["a.tif"].size_hw == SIZE_HW
 
 
+def test_the_first_pictures_listed_may_be_of_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raydet.images.listing._BATCH_ROWS", 1)
+    Image.fromarray(smooth()).save(tmp_path / "a.jpg")
+    write_tiled(tmp_path / "b.tif", SIZE_HW, block_of(smooth()))
+    images = open_collection(str(tmp_path), index_uri=None, windows=WindowSize(64, LIMIT))
+    assert isinstance(images, WindowedCollection)
+    assert [(own.path, own.size_hw) for own in images.pictures(0, 2)] == [("a.jpg", None), ("b.tif", SIZE_HW)]
+
+
+def test_a_picture_of_a_million_windows_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    sides = {256: ("I", [70_000]), 257: ("I", [70_000]), 322: ("I", [70_000 // 3 + 1]), 323: ("I", [35_000])}
+    tiled(tags=sides)(tmp_path / "p.tif")
+    with pytest.raises(
+        UserError, match=r"70,000 × 70,000 pixels are more than 1,048,576 windows: choose a larger --ti"
+    ):
+        open_collection(str(tmp_path / "p.tif"), index_uri=None, windows=WindowSize(68, 10**10))
+    assert open_collection(str(tmp_path / "p.tif"), index_uri=None, windows=WindowSize(69, 10**10)).num_rows == 1
+
+
+def test_a_damaged_strip_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiled(tags={324: ("I", [9] * 12)}, tile=256)(tmp_path / "p.tif")
+    picture, calls = opened(path), []
+
+    def counted(data: bytes, *, max_pixels: int) -> Any:
+        calls.append(data)
+        return decode(data, max_pixels=max_pixels)
+
+    monkeypatch.setattr("raydet.images.windows.picture.decode", counted)
+    for left in (0, 64, 128):
+        with pytest.raises(WindowError, match="broken TIFF"):
+            picture.window(left, 0, 64, 64)
+    assert len(calls) == 1
+
+
 def test_remote_pictures_are_read_by_ranges(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = smooth(size_hw=(600, 900))
     path = write_tiled(tmp_path / "p.tif", (600, 900), block_of(pixels), compression="raw", order=">")

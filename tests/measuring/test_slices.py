@@ -57,6 +57,8 @@ def test_a_slice_for_each_text_and_null_is_unknown() -> None:
         ([3, 1, 10], ["is_day=1", "is_day=3", "is_day=10"]),
         ([0.25, float("nan"), 2.0], ["is_day=0.25", "is_day=2", "is_day=unknown"]),
         (["unknown", None, "a"], ["is_day=a", "is_day=unknown"]),
+        (["", "a", "(empty)", None], ["is_day=(empty)", "is_day=a", "is_day=unknown"]),
+        ([0.1, 0.1 + 1e-15, 2.0], ["is_day=0.1", "is_day=2"]),
         ([None, None], ["is_day=unknown"]),
         (pa.array(["b", "a", None]).dictionary_encode(), ["is_day=a", "is_day=b", "is_day=unknown"]),
         (pa.chunked_array([["b"], ["a"]]), ["is_day=a", "is_day=b"]),
@@ -67,6 +69,11 @@ def test_values_have_readable_names(values: Any, names: list[str]) -> None:
     if values == [None, None]:
         values = pa.array(values, pa.string())
     assert list(sliced("is_day", values)) == names
+
+
+def test_an_unknown_column_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(UserError, match="no column or property weather; the columns are camera; the properties are"):
+        slices_of("weather", truth_of([1]), columns={"camera": pa.array(["a"])}, sizes_hw=np.zeros((1, 2), np.int64))
 
 
 def test_many_numbers_make_quarters() -> None:

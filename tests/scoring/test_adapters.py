@@ -102,7 +102,7 @@ def test_each_table_is_that_of_the_merged_model_and_images_are_decoded_once(
     assert sorted(path.name for path in Path(run.out).iterdir() if not path.name.startswith(".")) == sorted(CLASSES)
     again = predict(run)
     assert again.already_done and again.adapters == result.adapters
-    with pytest.raises(UserError, match=r"already holds another run .*--adapter"):
+    with pytest.raises(UserError, match=r"already holds another run \(--adapter: \[.*\] → \[[^;]*\]\); choose"):
         predict(dataclasses.replace(run, adapter=run.adapters[:2]))
     with pytest.raises(UserError, match="is not a table, but it holds the tables cars, pets, shapes"):
         open_table(run.out)
@@ -160,6 +160,7 @@ def test_a_chunk_without_a_file_in_one_table_is_scored_again(config: PredictConf
         ({"checkpoint": None, "model": "a/b", "labels": ["cat"]}, "--adapter needs --checkpoint"),
         ({"checkpoint": None, "model": "a/b", "examples": "x"}, "--adapter needs --checkpoint"),
         ({"adapter": []}, "--adapter must name folders"),
+        ({"adapter": "a/adapter,b/adapter"}, "no such folder; .*; separate several folders by blanks"),
         ({"data": "photo.jpg"}, "--adapter.* cannot be combined with pictures"),
         ({"classes": ["dog"]}, "--adapter .*/shapes/adapter: --classes: the model has no class dog"),
         ({"checkpoint": "pets"}, "does not fit --checkpoint .*pets/checkpoint: it was trained beside frozen weights"),

@@ -189,6 +189,7 @@ def test_tiles_are_counted_without_being_built() -> None:
 def test_wrong_options_are_refused(config: PredictConfig, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, reason in [
         ({"tile": None}, "--windowed needs --tile"),
+        ({"fps": 2.0}, "--fps cannot be combined with --windowed"),
         ({"draw": 2}, "--draw cannot be combined with --windowed"),
         ({"data": ["a.tif", "b.tif"]}, "--windowed takes one place"),
         ({"keep": ["class_scores"]}, "--tile, which merges boxes"),

@@ -1,5 +1,6 @@
 """`crops` gives the answers of a plain script, one row a detection, whatever interrupts it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 import transformers as hf
 
 from raydet import CropsConfig, UserError, crops
+from raydet.images.windows.index import PICTURE_FIELDS
 from raydet.second_looks import crops as driver
 from raydet.second_looks import writing
 from raydet.second_looks.cutting import box_of, crops_of
+from raydet.tables.schema import build_schema
 from raydet.tables.table import TableWriter, open_table
 from tests.json_output import check_result
-from tests.second_looks.scored import UNREADABLE, assert_rows, config_of, crops_by_hand
+from tests.second_looks.scored import CATEGORIES, UNREADABLE, assert_rows, config_of, crops_by_hand
 from tests.small_sets import rows_of, write_drawn
 
 
@@ -268,10 +271,77 @@ def test_other_images_and_models_are_refused(data: Path, models: Any, tmp_path: 
         writer.write_rows(rows_of(data / "images")[::-1])
     with pytest.raises(UserError, match="not those of"):
         crops(CropsConfig(detections=str(data / "found"), data=str(shuffled), **base))
-    for name, task in (("clip", "image-classification"), ("vit", "depth-estimation"), ("vilt", "image-text-to-text")):
-        with pytest.raises(UserError, match=r"does not fit --model|set --ask"):
-            crops(config_of(data, tmp_path / "out2", models(name), task))
+    misfits: list[tuple[str, str, dict[str, Any]]] = [
+        ("clip", "image-classification", {}),
+        ("vit", "depth-estimation", {}),
+        ("vilt", "image-text-to-text", {}),
+        ("git", "image-text-to-text", {"ask": ["what colour is it ?"]}),
+        ("vit", "zero-shot-image-classification", {"labels": ["cat"]}),
+    ]
+    for name, task, options in misfits:
+        with pytest.raises(UserError, match=r"does not fit --model|set --ask|only describes images: omit --ask"):
+            crops(config_of(data, tmp_path / "out2", models(name), task, **options))
     assert not (tmp_path / "out2").exists()
+
+
+def test_pictures_that_were_read_by_windows_are_refused(data: Path, models: Any, tmp_path: Path) -> None:
+    schema = build_schema("detections", CATEGORIES, extra_fields=PICTURE_FIELDS)
+    with TableWriter(str(tmp_path / "found"), schema, config_hash="0" * 12) as writer:
+        writer.write_rows([{**row, "crs": None, "transform": None} for row in rows_of(data / "found", "detections")])
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification")
+    with pytest.raises(UserError, match="predict --windowed read in parts"):
+        crops(dataclasses.replace(config, detections=str(tmp_path / "found")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_lists_have_no_crops_and_damage_is_that_of_the_detections(
+    data: Path, models: Any, tmp_path: Path
+) -> None:
+    found = tmp_path / "found"
+    with TableWriter(str(found), open_table(str(data / "found")).schema, config_hash="0" * 12) as writer:
+        writer.write_rows([{**row, "detections": None} for row in rows_of(data / "found", "detections")])
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification", relabel=0.0)
+    config = dataclasses.replace(config, detections=str(found))
+    result = crops(config)
+    assert result.num_crops == 0 and result.relabelled is not None
+    assert [row["detections"]["score"] or [] for row in rows_of(result.relabelled, "detections")] == [[]] * 7
+    part = next(found.glob("part-*.parquet"))
+    content = part.read_bytes()
+    part.write_bytes(content[:4] + b"\xff" * 40 + content[44:])
+    with pytest.raises(UserError, match=f"^{found} is damaged"):
+        crops(dataclasses.replace(config, out=str(tmp_path / "out2")))
+
+
+def test_a_run_is_not_continued_with_other_detections(data: Path, models: Any, tmp_path: Path) -> None:
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification")
+    found = tmp_path / "found"
+    shutil.copytree(data / "found", found)
+    config = dataclasses.replace(config, detections=str(found))
+    crops(config)
+    shutil.rmtree(found)
+    with TableWriter(str(found), open_table(str(data / "found")).schema, config_hash="1" * 12) as writer:
+        writer.write_rows(rows_of(data / "found", "detections")[:-1])
+    with pytest.raises(UserError, match=r"another run \(the detections have changed since\)"):
+        crops(config)
+
+
+def test_a_run_that_could_not_begin_leaves_the_folder_to_others(
+    data: Path, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "is_connected", lambda: False)
+    config = config_of(data, tmp_path / "out", models("vit"), "image-classification", precision="fp16")
+    with pytest.raises(UserError, match=r"fp16 needs a GPU, but the model runs on the CPU here"):
+        crops(config)
+    assert crops(dataclasses.replace(config, precision="fp32")).num_crops == 18
+    with pytest.raises(UserError, match=r"another run \(--margin: 0.0 → 1.0\)"):
+        crops(dataclasses.replace(config, precision="fp32", margin=1.0))
+
+
+def test_a_template_may_have_further_braces(data: Path, models: Any, tmp_path: Path) -> None:
+    options = {"labels": ["cat", "dog"], "prompt_template": "a {} in {1}"}
+    config = config_of(data, tmp_path / "out", models("clip"), "zero-shot-image-classification", **options)
+    assert crops(config).num_crops == 18
 
 
 def test_a_crop_is_whole_pixels_inside_the_image() -> None:
@@ -283,6 +353,7 @@ def test_a_crop_is_whole_pixels_inside_the_image() -> None:
     "options",
     [
         {"task": "zero-shot-image-classification"},
+        {"task": "zero-shot-image-classification", "labels": ["cat", "dog", "cat"]},
         {"task": "image-classification", "labels": ["cat"]},
         {"task": "image-classification", "ask": ["what ?"]},
         {"task": "zero-shot-image-classification", "labels": ["cat"], "prompt_template": "no place"},

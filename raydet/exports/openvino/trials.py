@@ -1,14 +1,11 @@
 """A detector and two tables → the fastest INT8 graph that keeps its AP, with the figures of all that were tried."""
 
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from raydet.common.display.progress import Progress
 from raydet.common.errors import UserError
@@ -39,8 +36,8 @@ _ROUNDS = 12
 _SECONDS_PER_TURN = 0.5
 """Roughly, for the float graph in fp32: long against the clock, short against what else the machine does."""
 _MOST_TIMED_IMAGES = 64
-_CALIBRATED_TOGETHER = 16
-"""Consecutive rows of the table, which one read gets."""
+_CALIBRATED_TOGETHER, _LEAST_PARTS = 16, 8
+"""Consecutive rows of the table, at most, which one read gets; parts of the table that they come from, at least."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,17 @@ def _variants(detector: Detector, graph: Any, samples: "_Samples", progress: Pro
     return variants
 
 
+def rows_of_all_parts(num_rows: int, num_wanted: int) -> list[range]:
+    """Return so many rows of a table in short ranges, one from each of its parts, which have the same size; or all."""
+    num_wanted = min(num_wanted, num_rows)
+    num_parts = min(num_wanted, max(_LEAST_PARTS, math.ceil(num_wanted / _CALIBRATED_TOGETHER)))
+    ranges, start = [], 0
+    for part in range(num_parts):
+        ranges.append(range(start, start + num_wanted // num_parts + (part < num_wanted % num_parts)))
+        start += num_rows // num_parts + (part < num_rows % num_parts)
+    return ranges
+
+
 class _Samples:
     """Inputs of the graph for calibration, made anew in each pass, because they are many times as large as pixels."""
 
@@ -148,12 +156,11 @@ class _Samples:
         self._engine = engine
         self._batches: list[EngineBatch] = []
         images = open_collection(table.uri, index_uri=None)
-        num_images = min(num_images, table.num_rows)
-        ends = np.linspace(0, table.num_rows, max(1, num_images // _CALIBRATED_TOGETHER) + 1).astype(int).tolist()
-        progress.begin("reading images to calibrate with", total=num_images)
-        for start, end in itertools.pairwise(ends):
+        chosen = rows_of_all_parts(table.num_rows, num_images)
+        progress.begin("reading images to calibrate with", total=sum(map(len, chosen)))
+        for rows in chosen:
             pictures = []
-            for row in images.read(start, min(end, start + min(_CALIBRATED_TOGETHER, num_images))):
+            for row in images.read(rows.start, rows.stop):
                 try:
                     pictures += [] if row.data is None else [decode(row.data, max_pixels=DEFAULT_MAX_PIXELS)]
                 except DecodeError:

@@ -21,6 +21,7 @@ from raydet.common.threads import available_cpus
 from raydet.common.untrusted.opening import LocalFile
 from raydet.images import isolation
 from raydet.images.isolation import Interpreter, IsolationError
+from raydet.images.pixels import ppm_header
 from raydet.images.video.times import MAX_FRAMES, FrameGroup, PacketTimes, VideoError
 
 _PROGRAM = "from raydet.images.video import frames, process; process.serve(frames)"
@@ -216,7 +217,6 @@ def _send_frames(target: IO[bytes], frames: Iterator[tuple[NDArray[np.uint8] | N
     for pixels, reason in frames:
         content: list[bytes | memoryview] = []
         if pixels is not None:
-            height, width, _ = pixels.shape
-            content = [b"P6 %d %d 255\n" % (width, height), pixels.reshape(-1).data]
+            content = [ppm_header(pixels.shape[:2]), pixels.reshape(-1).data]
         isolation.send(target, {"reason": reason, "is_last": False}, *content)
     isolation.send(target, {"is_last": True})

@@ -16,6 +16,7 @@ _CITATIONS = (3073, 1026, 2049)
 """Names of the projected system, of the file's model, and of the geographic system, the most specific first."""
 _PROJECTED, _GEOGRAPHIC = 3072, 2048
 _IS_GEOGRAPHIC, _IS_POINT = 2, 2
+_USED = (_MODEL_TYPE, _RASTER_TYPE, _PROJECTED, _GEOGRAPHIC, *_CITATIONS)
 _CODES = range(1024, 32767)
 """EPSG codes; 32767 stands for a system that the file describes itself."""
 _LONGEST_NAME = 500
@@ -47,6 +48,8 @@ def _keys_of(directory: Directory) -> dict[int, int | str]:
         return {}
     keys: dict[int, int | str] = {}
     for key, place, count, value in entries[: len(entries) // 4 * 4].reshape(-1, 4).tolist():
+        if key not in _USED:  # all keys together may claim the same text, each for itself
+            continue
         if place == 0:
             keys[key] = value
         elif place == GEO_TEXTS:

@@ -29,6 +29,8 @@ PICTURE_SCHEMA = pa.schema(
     ]
 )
 """A picture in an index: size and georeference as the file states them when it is listed, or why it has none."""
+MAX_WINDOWS = 2**20
+"""Windows of a picture, if they do not overlap. A small file may leave out its tiles and state any size."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,24 @@ def with_sizes(listing: Listing, reader: FileReader, windows: WindowSize) -> Lis
     """Read the directory of each picture, several at a time.
 
     Raises:
-        UserError: None of the first pictures can be read by windows.
+        UserError: None of the pictures can be read by windows.
         OSError: The storage failed.
     """
     batches = (_with_sizes(batch, reader, windows) for batch in listing.batches)
-    first = next(batches)
-    errors = first["error"]
-    if errors.null_count == 0:
-        raise UserError(
-            f"--windowed can read none of the pictures, such as {first['path'][0].as_py()}: {errors[0].as_py()}"
-        )
-    return Listing("windowed", chain([first], batches), listing.skipped, PICTURE_SCHEMA)
+    first: list[pa.RecordBatch] = []
+    for batch in batches:
+        first.append(batch)
+        if batch["error"].null_count:
+            return Listing("windowed", chain(first, batches), listing.skipped, PICTURE_SCHEMA)
+    path, reason = (first[0][column][0].as_py() for column in ("path", "error"))
+    raise UserError(f"--windowed can read none of the pictures, such as {path}: {reason}")
 
 
 def _with_sizes(batch: pa.RecordBatch, reader: FileReader, windows: WindowSize) -> pa.RecordBatch:
     def examine(reference: Reference) -> tuple[object, ...]:
         try:
             with open_picture(reference, reader, max_pixels=windows.max_pixels) as picture:
-                reason = picture.refusal_of(windows.side, windows.side)
+                reason = picture.refusal_of(windows.side, windows.side) or _refusal_of_many(picture, windows.side)
                 if reason is not None:
                     return None, None, None, None, reason
                 crs, transform = picture.georeference
@@ -98,6 +100,13 @@ def _with_sizes(batch: pa.RecordBatch, reader: FileReader, windows: WindowSize) 
     more = PICTURE_SCHEMA.names[len(LISTING_SCHEMA) :]
     arrays = [pa.array(values, PICTURE_SCHEMA.field(name).type) for name, values in zip(more, found, strict=True)]
     return pa.RecordBatch.from_arrays([*batch.columns, *arrays], schema=PICTURE_SCHEMA)
+
+
+def _refusal_of_many(picture: OpenTiff, side: int) -> str | None:
+    height, width = picture.size_hw
+    if height * width <= MAX_WINDOWS * side**2:
+        return None
+    return f"{width:,} × {height:,} pixels are more than {MAX_WINDOWS:,} windows: choose a larger --tile"
 
 
 @contextmanager

@@ -45,6 +45,8 @@ _SIDE_END = 2**31
 _MOST_SAMPLES, _MOST_BITS = 4, 16
 _IS_FLOAT = 3
 _UNCOMPRESSED, _YCBCR, _RGB = 1, 6, 2
+_LEAST_TILE_SIDE = 16
+"""TIFF allows multiples of it. A window has thousands of smaller tiles, each of which costs as much as a large one."""
 _PIECE_PIXELS = 2**20
 """Strips are decoded together up to about this many pixels."""
 
@@ -107,9 +109,9 @@ class PixelLayout:
                 f"it is stored in pieces of {self.segment_width:,} × {self.piece_height:,} pixels, over the limit of "
                 f"{MAX_SIDE:,} a side: write it with tiles of 512 × 512"
             )
-        most = 4 * self._raw_bytes(self.segment_height) + 2**16
-        if self.num_bytes.max() > most:
-            raise WindowError(f"broken TIFF: {self.num_bytes.max():,} bytes for a segment of {most // 4:,}")
+        if self.num_bytes.max() > self._most_bytes(self.segment_height):
+            num_bytes = self._raw_bytes(self.segment_height)
+            raise WindowError(f"broken TIFF: {self.num_bytes.max():,} bytes for a segment of {num_bytes:,}")
         try:
             upright_size_hw(self.tiff_of(1, 1, [b"\0"] * self.num_planes))
         except DecodeError as error:
@@ -126,6 +128,10 @@ class PixelLayout:
         number = self.directory.number
         is_plain = number(COMPRESSION, 1) == _UNCOMPRESSED and number(PHOTOMETRIC, 0) != _YCBCR
         return is_plain and TILE_OFFSETS not in self.directory.tags and self.num_planes == 1
+
+    def most_bytes(self, num_pieces: int) -> int:
+        """Return the stored bytes of pieces, at most."""
+        return num_pieces * self.num_planes * self._most_bytes(self.piece_height)
 
     def pieces_of(self, left: int, top: int, right: int, bottom: int) -> list[tuple[int, int]]:
         """Return the pieces that a window of the stored pixels touches, as row and column in their grid."""
@@ -201,6 +207,10 @@ class PixelLayout:
         tags |= {number: long_tag([value], order) for number, value in numbers.items()}
         return build_tiff(tags, strips, order)
 
+    def _most_bytes(self, num_rows: int) -> int:
+        """Return the stored bytes of some rows of a segment, in one plane, at most; compression may enlarge them."""
+        return 4 * self._raw_bytes(num_rows) + 2**16
+
     def _raw_bytes(self, num_rows: int) -> int:
         """Return the bytes of some rows of a segment, in one plane, without compression."""
         samples = 1 if self.num_planes > 1 else self.directory.number(SAMPLES, 1)
@@ -213,7 +223,8 @@ def _segment_size(directory: Directory, width: int, height: int) -> tuple[int, i
         size = directory.number(TILE_WIDTH, 0), directory.number(TILE_HEIGHT, 0)
     else:
         size = width, min(directory.number(ROWS_PER_STRIP, height), height)
-    if not all(0 < side < _SIDE_END for side in size):
+    least = _LEAST_TILE_SIDE if TILE_OFFSETS in directory.tags else 1
+    if not all(least <= side < _SIDE_END for side in size):
         raise WindowError(f"broken TIFF: tiles of {size[0]:,} × {size[1]:,} pixels")
     return size
 

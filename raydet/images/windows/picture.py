@@ -1,7 +1,7 @@
 """An open TIFF → upright RGB pixels of any window, from the pieces that it touches."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ _KEPT_BYTES = 64 * 2**20
 """Decoded pieces that are kept beside those of the last window; neighbouring windows share pieces."""
 _GAP_BYTES, _MOST_READ_BYTES = 64 * 2**10, 32 * 2**20
 """Ranges with a smaller gap between them are read as one, up to a size."""
+_TRUNCATED = "truncated: the TIFF file ends in the middle of the image data"
 
 Pixels = NDArray[np.uint8]
 Piece = tuple[int, int]
@@ -54,6 +55,7 @@ class OpenTiff:
         found = georeference_of(directory)
         self.georeference = found._replace(transform=self._upright(found.transform))
         self._pieces: OrderedDict[Piece, Pixels] = OrderedDict()
+        self._damaged: dict[Piece, str] = {}
 
     def refusal_of(self, width: int, height: int) -> str | None:
         """Return why windows of this size cannot be read; None if they can."""
@@ -106,18 +108,23 @@ class OpenTiff:
         for piece in needed:
             if piece in self._pieces:
                 self._pieces.move_to_end(piece)
+        reason = next((self._damaged[piece] for piece in needed if piece in self._damaged), None)
+        if reason is not None:  # a large strip belongs to many windows
+            raise WindowError(reason)
         missing = [piece for piece in needed if piece not in self._pieces]
         self._forget(len(needed) - len(missing))
         ranges = {piece: self._layout.ranges_of(piece) for piece in missing}
-        contents = self._read([own for of_piece in ranges.values() for own in of_piece])
+        contents = self._read({own for of_piece in ranges.values() for own in of_piece}, len(missing))
         for piece in missing:
             parts = [contents[own] for own in ranges[piece]]
             data, num_rows = self._layout.file_of(piece, parts)
             try:
                 pixels = decode(data, max_pixels=self._max_pixels)
             except DecodeError as error:
+                self._damaged[piece] = str(error)
                 raise WindowError(str(error)) from None
-            assert pixels.shape[:2] == (num_rows, self._layout.segment_width), "a piece has the size that it states"
+            if pixels.shape[:2] != (num_rows, self._layout.segment_width):
+                raise WindowError("broken TIFF: a tile or strip has another size than it should")
             self._pieces[piece] = pixels
 
     def _forget(self, num_needed: int) -> None:
@@ -126,10 +133,16 @@ class OpenTiff:
             _, pixels = self._pieces.popitem(last=False)
             kept_bytes -= pixels.nbytes
 
-    def _read(self, ranges: Sequence[Range]) -> dict[Range, bytes]:
-        """Read ranges of the file, neighbours together."""
+    def _read(self, ranges: Set[Range], num_pieces: int) -> dict[Range, bytes]:
+        """Read the ranges of pieces, neighbours together."""
+        if any(size and offset + size > self._file.size() for offset, size in ranges):
+            raise WindowError(_TRUNCATED)
+        # A small file may name the same bytes many times, each time from another place on.
+        most = min(self._file.size(), self._layout.most_bytes(num_pieces))
+        if sum(size for _, size in ranges) > most:
+            raise WindowError("broken TIFF: its tiles or strips overlap, or are far larger than their pixels")
         groups: list[list[Range]] = []
-        for offset, size in sorted(set(ranges)):
+        for offset, size in sorted(ranges):
             last = groups[-1] if groups else [(0, 0)]
             end = last[-1][0] + last[-1][1]
             if groups and 0 <= offset - end <= _GAP_BYTES and offset + size - last[0][0] <= _MOST_READ_BYTES:
@@ -175,5 +188,5 @@ def _parts_of(file: Ranges, group: Sequence[Range]) -> list[bytes]:
     start, end = group[0][0], group[-1][0] + group[-1][1]
     data = file.read_at(end - start, start) if end > start else b""
     if len(data) < end - start:
-        raise WindowError("truncated: the TIFF file ends in the middle of the image data")
+        raise WindowError(_TRUNCATED)
     return [data[offset - start : offset - start + size] for offset, size in group]

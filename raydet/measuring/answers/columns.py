@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from raydet.common.boxes import Boxes, as_boxes
 from raydet.common.errors import UserError, shortened
-from raydet.measuring.slices import groups_in
+from raydet.measuring.slices import EMPTY, groups_in
 from raydet.tables.columns import BATCH_ROWS, Floats, Integers, image_ids_in, numbers_of
 from raydet.tables.schema import parse_metadata
 from raydet.tables.table import Table, open_table
@@ -25,7 +25,6 @@ Codes = npt.NDArray[np.int32]
 _NAMES = re.compile(r"label|caption|answer_[1-9][0-9]*|depth")
 _SCORES = {"label": "label_score"}
 _LONGEST_TEXT = 200
-_EMPTY = "(empty)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class Answers:
             return None
         if self.are_numbers and number is not None:
             return f"{number:.3g}"
-        value = shortened(self.values[code], _LONGEST_TEXT) or _EMPTY
+        value = shortened(self.values[code], _LONGEST_TEXT) or EMPTY
         return value if number is None else f"{value} {number:.2f}"
 
     def text_of(self, row: int) -> str | None:

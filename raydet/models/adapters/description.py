@@ -104,7 +104,8 @@ def _own_config(uri: str) -> dict[str, Any]:
     if "://" in uri:
         raise UserError(f"--adapter {uri}: an adapter must be a local folder; copy it to one that all nodes see")
     if not storage.is_folder(uri):
-        raise UserError(f"--adapter {uri}: no such folder; use the OUT/{ADAPTER_FOLDER} of `raydet train --lora`")
+        hint = "; separate several folders by blanks" if "," in uri else ""
+        raise UserError(f"--adapter {uri}: no such folder; use the OUT/{ADAPTER_FOLDER} of `raydet train --lora`{hint}")
     reason = refusal_in_folder(storage.resolve(uri)[1])
     if reason is not None:
         raise UserError(f"--adapter {uri} cannot be used: {reason}")

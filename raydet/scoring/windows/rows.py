@@ -10,11 +10,11 @@ import numpy.typing as npt
 from raydet.config import PredictConfig
 from raydet.engines.views import TileView, num_tiles, tiles_of
 from raydet.images.collection import Collection, ImageRow, WindowedCollection
+from raydet.images.pixels import ppm_header
 from raydet.images.references import FileReader, Reference
 from raydet.images.windows.directory import WindowError
 from raydet.images.windows.index import ListedPicture, open_picture
 from raydet.images.windows.picture import OpenTiff
-from raydet.models.geometry import Image
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,10 @@ def _row(picture: ListedPicture, position: int, tile: TileView, source: OpenTiff
         pixels = source.window(tile.left, tile.top, tile.width, tile.height)
     except WindowError as error:
         return ImageRow(position, path, None, str(error), None)
-    return ImageRow(position, path, _encoded(pixels[:, ::-1] if tile.is_mirrored else pixels), None, None)
+    data = ppm_header(tile.size_hw) + (pixels[:, ::-1] if tile.is_mirrored else pixels).tobytes()
+    return ImageRow(position, path, data, None, None)
 
 
 def place_of(tile: TileView) -> str:
     """Return the place of a tile for messages."""
     return f"[{tile.left}, {tile.top}, {tile.width} × {tile.height}]"
-
-
-def _encoded(pixels: Image) -> bytes:
-    """Return pixels [H, W, 3] as a PPM image, which `decode` reads like any other."""
-    height, width, _ = pixels.shape
-    return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()

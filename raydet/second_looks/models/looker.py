@@ -33,6 +33,8 @@ _ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
     "depth-estimation": ("ForDepthEstimation",),
 }
 """Endings of the classes of models, as in `architectures` of their config; any model has features."""
+_ONLY_DESCRIBE = ("GitForCausalLM",)
+"""Models of `image-text-to-text` whose processors do not prepare questions."""
 
 
 def check_task(config: CropsConfig, content: Mapping[str, Any]) -> None:
@@ -47,6 +49,14 @@ def check_task(config: CropsConfig, content: Mapping[str, Any]) -> None:
         raise UserError(f"--task {config.task} does not fit --model {config.model}, which is a {first}")
     if isinstance(first, str) and first.endswith("ForQuestionAnswering") and not config.ask:
         raise UserError(f"--model {config.model} answers questions; set --ask")
+    if first in _ONLY_DESCRIBE and config.ask:
+        raise UserError(f"--model {config.model}, which is a {first}, only describes images: omit --ask")
+    if config.task == "zero-shot-image-classification" and "text_config" not in content:
+        kind = f"a {first}" if isinstance(first, str) else "a model of images alone"
+        raise UserError(
+            f"--task {config.task} does not fit --model {config.model}, which is {kind}: choose a model of images and "
+            "texts, such as CLIP or SigLIP"
+        )
 
 
 def answer_fields(config: CropsConfig) -> list[pa.Field]:

@@ -51,7 +51,7 @@ class ZeroShotClassifier(_Seer):
         padding: dict[str, Any] = {"padding": True}
         if self._is_siglip:
             padding = {"padding": "max_length", "max_length": 64, "truncation": True}
-        texts = [template.format(label) for label in labels]
+        texts = [template.replace("{}", label) for label in labels]
         self._texts = processor.tokenizer(texts, return_tensors="pt", **padding).to(model.device)
         limit = getattr(model.config.text_config, "max_position_embeddings", None)
         if limit is not None and self._texts["input_ids"].shape[1] > limit:

@@ -143,6 +143,7 @@ def test_options_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         ({"max_ap_drop": 0.0}, "--max-ap-drop"),
         ({"calibration_images": 0}, "--calibration-images"),
         ({"int8": True, "truth": "t", "calibration": "t", "pixels_in": True}, "omit it with --int8"),
+        ({"int8": True, "truth": "t", "calibration": "t", "fp16_weights": True}, "omit it with --int8"),
         ({"int8": True, "truth": "t", "calibration": "t", "check_data": "t"}, "--int8 measures AP on --truth"),
     ]
     for options, message in wrong:

@@ -66,6 +66,15 @@ def test_the_figures_say_what_follows_from_them() -> None:
     assert "--precision bf16" in proof_of(trial(), taken=0).lines()[-1]
 
 
+@pytest.mark.parametrize(("num_rows", "num_wanted"), [(1000, 300), (1000, 10), (20, 300), (40, 40), (8, 7), (1, 300)])
+def test_images_to_calibrate_with_come_from_all_parts(num_rows: int, num_wanted: int) -> None:
+    ranges = trials.rows_of_all_parts(num_rows, num_wanted)
+    rows = [row for own in ranges for row in own]
+    assert len(rows) == min(num_rows, num_wanted) and rows == sorted(set(rows)) and rows[-1] < num_rows
+    assert all(0 < len(own) <= 16 for own in ranges)
+    assert num_rows < 8 or rows[-1] >= num_rows * 7 // 8
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_each_level_leaves_more_in_float(tmp_path: Path) -> None:
     detector = load_detector(str(tiny("rt_detr_v2_tiny", tmp_path)))

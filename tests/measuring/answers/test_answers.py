@@ -118,7 +118,8 @@ def test_metrics_are_sliced_by_answers(folder: Path, tmp_path: Path) -> None:
     scored = read_detections(config["detections"], read_truth(config["truth"]))
     values = answers_by_image(config["crops"], scored)["answer_1"].to_pylist()
     assert {name: number for name, number in sizes.items() if name and name.startswith("answer_1=")} == {
-        f"answer_1={'unknown' if value is None else value}": number for value, number in Counter(values).items()
+        f"answer_1={'unknown' if value is None else value or '(empty)'}": number
+        for value, number in Counter(values).items()
     }
     assert sum(sizes.values()) == 2 * 40
     # The numbers are those of a column with the same values in the images table.
