@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from raydet.augmentation.samples import Sample, WorkingSize, area_of, chosen, cut
 from raydet.augmentation.taught import is_labels
-from raydet.common.boxes import Boxes, as_boxes
+from raydet.common.boxes import Boxes, as_boxes, intersections, xywh_to_xyxy
 from raydet.models.geometry import SizeHW
 
 Rng = np.random.Generator
@@ -176,9 +176,5 @@ def _centres_within(boxes_xywh: Boxes, windows_xywh: Boxes) -> npt.NDArray[np.bo
 
 def _ious(boxes_xywh: Boxes, windows_xywh: Boxes) -> npt.NDArray[np.float64]:
     """Return the IoU of each window with each box, [N, 4] and [M, 4] → [M, N]."""
-    low = np.maximum(boxes_xywh[None, :, :2], windows_xywh[:, None, :2])
-    high = np.minimum(
-        (boxes_xywh[:, :2] + boxes_xywh[:, 2:])[None], (windows_xywh[:, :2] + windows_xywh[:, 2:])[:, None]
-    )
-    common = np.clip(high - low, 0.0, None).prod(axis=2)
+    common = intersections(xywh_to_xyxy(boxes_xywh), xywh_to_xyxy(windows_xywh)[:, None])
     return np.asarray(common / (area_of(boxes_xywh)[None] + area_of(windows_xywh)[:, None] - common))

@@ -56,6 +56,28 @@ def clip_xywh(boxes_xywh: Boxes, size_hw: tuple[int, int]) -> Boxes:
     return np.where(inside.reshape(-1, 1), boxes_xywh, xyxy_to_xywh(clipped))
 
 
+def intersections(boxes_xyxy: Boxes, other_xyxy: Boxes) -> Boxes:
+    """Return pairwise intersection areas in square pixels; the last axis of both arguments holds the corners."""
+    width = np.minimum(boxes_xyxy[..., 2], other_xyxy[..., 2]) - np.maximum(boxes_xyxy[..., 0], other_xyxy[..., 0])
+    height = np.minimum(boxes_xyxy[..., 3], other_xyxy[..., 3]) - np.maximum(boxes_xyxy[..., 1], other_xyxy[..., 1])
+    return np.asarray(np.maximum(width, 0.0) * np.maximum(height, 0.0))
+
+
+def kept_of_pairs(better: npt.NDArray[np.int64], worse: npt.NDArray[np.int64], num_boxes: int) -> npt.NDArray[np.bool_]:
+    """Return which boxes remain if each that remains drops the worse ones that it overlaps: greedy suppression.
+
+    Args:
+        better: Index of the better box of each overlapping pair, [P], best first, so that each is decided at its turn.
+        worse: Index of the worse one, [P].
+        num_boxes: Number of boxes.
+    """
+    is_kept = np.ones(num_boxes, np.bool_)
+    for first, second in zip(better.tolist(), worse.tolist(), strict=True):
+        if is_kept[first]:
+            is_kept[second] = False
+    return is_kept
+
+
 def has_area(boxes_xywh: Boxes) -> npt.NDArray[np.bool_]:
     """Return a mask of the boxes that are finite and have positive width and height, [N]."""
     finite = np.isfinite(boxes_xywh).all(axis=1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from raydet.common.boxes import Boxes, xywh_to_xyxy
+from raydet.common.boxes import Boxes, intersections, kept_of_pairs, xywh_to_xyxy
 from raydet.common.errors import UserError
 from raydet.config import Merge
 from raydet.tables.schema import Category
@@ -135,11 +135,7 @@ def _kept_among_neighbours(boxes_xyxy: Boxes, iou: float, categories: Integers |
     pairs = list(_overlapping_pairs(boxes_xyxy, iou, categories))
     better, worse = (np.concatenate([own[side] for own in pairs]) for side in (0, 1))
     order = np.argsort(better, kind="stable")
-    is_kept = np.ones(len(boxes_xyxy), np.bool_)
-    for first, second in zip(better[order].tolist(), worse[order].tolist(), strict=True):
-        if is_kept[first]:  # decided, since all that are better have had their turn
-            is_kept[second] = False
-    return np.flatnonzero(is_kept)
+    return np.flatnonzero(kept_of_pairs(better[order], worse[order], len(boxes_xyxy)))
 
 
 def _overlapping_pairs(
@@ -175,9 +171,7 @@ def _overlapping_pairs(
 
 def _ious(boxes_xyxy: Boxes, other_xyxy: Boxes) -> Boxes:
     """Return the intersections over unions [N, M] in torchvision's order of operations; NaN for two empty boxes."""
-    low = np.maximum(boxes_xyxy[:, None, :2], other_xyxy[:, :2])
-    sides = np.maximum(np.minimum(boxes_xyxy[:, None, 2:], other_xyxy[:, 2:]) - low, 0.0)
-    shared = sides[..., 0] * sides[..., 1]
+    shared = intersections(boxes_xyxy[:, None], other_xyxy)
     areas, other_areas = ((own[:, 2] - own[:, 0]) * (own[:, 3] - own[:, 1]) for own in (boxes_xyxy, other_xyxy))
     with np.errstate(invalid="ignore"):
         return np.asarray(shared / (areas[:, None] + other_areas - shared))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from raydet.common.boxes import Boxes, clip_xywh, has_area, xywh_to_xyxy, xyxy_to_xywh
+from raydet.common.boxes import Boxes, clip_xywh, has_area, intersections, xywh_to_xyxy, xyxy_to_xywh
 from raydet.config import Merge
 from raydet.engines.selection import LEAST_SCORE_OF_WHOLE, non_maximum_suppression
 from raydet.engines.views import TileView
@@ -184,7 +184,7 @@ def _without_fragments(found: _Found, iou: float) -> _Found:
         first, last = np.searchsorted(lefts, (window_xyxy[0] - widest, window_xyxy[2])).tolist()
         near = np.sort(by_left[first:last])
         # The model saw both boxes in one window and reported them as two objects.
-        others = near[(found.windows[near] != number) & (_intersections(boxes_xyxy[near], window_xyxy) > 0)]
+        others = near[(found.windows[near] != number) & (intersections(boxes_xyxy[near], window_xyxy) > 0)]
         if len(others):
             is_fragment[cut] = _are_parts(found, boxes_xyxy, cut, others, window_xyxy, iou)
     return found.take(~is_fragment)
@@ -203,12 +203,12 @@ def _are_parts(
     )
     rows, columns = np.nonzero(may_hold)
     part, whole = cut[rows], others[columns]
-    shared = _intersections(boxes_xyxy[part], boxes_xyxy[whole])
+    shared = intersections(boxes_xyxy[part], boxes_xyxy[whole])
     is_inside = (shared > 0) & (shared >= _LEAST_COVERED * areas[part])
     # A thin part that is a pixel off is not inside, but it matches the part of the object that the window shows.
     shown_xyxy = _within(boxes_xyxy[whole], window_xyxy)
-    matched = _intersections(boxes_xyxy[part], shown_xyxy)
-    united = areas[part] + _intersections(shown_xyxy, window_xyxy) - matched
+    matched = intersections(boxes_xyxy[part], shown_xyxy)
+    united = areas[part] + intersections(shown_xyxy, window_xyxy) - matched
     is_shown = ~found.is_cut[whole] & (matched > iou * united)
     is_part = np.zeros(len(cut), dtype=np.bool_)
     is_part[rows[is_inside | is_shown]] = True
@@ -219,13 +219,6 @@ def _within(boxes_xyxy: Boxes, window_xyxy: Floats) -> Boxes:
     """Clip boxes to a window that they intersect."""
     limits_low, limits_high = np.tile(window_xyxy[:2], 2), np.tile(window_xyxy[2:], 2)
     return np.clip(boxes_xyxy, limits_low, limits_high)
-
-
-def _intersections(boxes_xyxy: Boxes, other_xyxy: Boxes) -> Floats:
-    """Return pairwise intersection areas in square pixels; the last axis of both arguments holds the corners."""
-    width = np.minimum(boxes_xyxy[..., 2], other_xyxy[..., 2]) - np.maximum(boxes_xyxy[..., 0], other_xyxy[..., 0])
-    height = np.minimum(boxes_xyxy[..., 3], other_xyxy[..., 3]) - np.maximum(boxes_xyxy[..., 1], other_xyxy[..., 1])
-    return np.asarray(np.maximum(width, 0.0) * np.maximum(height, 0.0))
 
 
 def _fuse(found: _Found, iou: float) -> Detections:

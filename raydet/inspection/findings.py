@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raydet.common.boxes import Boxes
+from raydet.common.boxes import Boxes, intersections, xywh_to_xyxy
 from raydet.inspection.counting import Counts
 from raydet.inspection.rows import Rows
 from raydet.tables.columns import Integers
@@ -194,8 +194,6 @@ def same_places(rows: Rows) -> tuple[Integers, Integers]:
 
 def _iou(one_xywh: Boxes, other_xywh: Boxes) -> npt.NDArray[np.float64]:
     """Return the IoU of box pairs, [N, 4] and [N, 4] → [N]."""
-    low = np.maximum(one_xywh[:, :2], other_xywh[:, :2])
-    high = np.minimum(one_xywh[:, :2] + one_xywh[:, 2:], other_xywh[:, :2] + other_xywh[:, 2:])
-    both = np.maximum(high - low, 0).prod(axis=1)
+    both = intersections(xywh_to_xyxy(one_xywh), xywh_to_xyxy(other_xywh))
     either = one_xywh[:, 2:].prod(axis=1) + other_xywh[:, 2:].prod(axis=1) - both
     return np.asarray(both / np.maximum(either, 1e-12))

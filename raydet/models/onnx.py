@@ -19,9 +19,6 @@ from raydet.models.graph import OUTPUT_NAMES, example_inputs, fixed_size_hw, inp
 OPSET = 17
 """From 2022: supported by current runtimes, and recent enough to have the operator GridSample."""
 
-TENSORRT_CACHE = Path.home() / ".cache" / "raydet" / "tensorrt"
-"""Folder of built TensorRT engines: building one takes minutes."""
-
 
 def to_onnx(detector: Detector, *, where: str, remedy: str) -> bytes:
     """Trace a detector on the CPU.
@@ -111,8 +108,10 @@ def execution_providers(available: Collection[str], device: torch.device) -> lis
     place = {"device_id": str(device.index or 0)}
     providers: list[Any] = []
     if "TensorrtExecutionProvider" in available and find_spec("tensorrt") is not None:
-        cache = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(TENSORRT_CACHE)}
-        providers.append(("TensorrtExecutionProvider", place | cache))
+        # Building an engine takes minutes.
+        cache = str(Path.home() / ".cache" / "raydet" / "tensorrt")
+        own = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": cache}
+        providers.append(("TensorrtExecutionProvider", place | own))
     return [*providers, ("CUDAExecutionProvider", place), "CPUExecutionProvider"]
 
 

@@ -19,22 +19,26 @@ def scored_collection(table: Table) -> Collection | None:
         UserError: They are missing, or the record is damaged.
         OSError: The storage failed.
     """
-    data, index = _data_of(table), index_in(table.uri)
-    if data is None:
-        return None
-    return open_collection(data, index_uri=index if storage.exists(index) else None)
+    data = _data_of(table)
+    return None if data is None else _open(table, data)
 
 
 def file_finder(table: Table) -> Callable[[str], str]:
     """Return a function from a path in a detections table to its file, or to the path if that names no file."""
     with contextlib.suppress(UserError, OSError):
-        collection, data = scored_collection(table), _data_of(table)
-        if collection is not None and data is not None:
-            if collection.kind == "folder":
+        data = _data_of(table)
+        if data is not None:
+            kind = _open(table, data).kind
+            if kind == "folder":
                 return partial(storage.join, data)
-            if collection.kind == "list":
+            if kind == "list":
                 return partial(_of_list, data.rpartition("/")[0])
     return str
+
+
+def _open(table: Table, data: str) -> Collection:
+    index = index_in(table.uri)
+    return open_collection(data, index_uri=index if storage.exists(index) else None)
 
 
 def _of_list(folder: str, path: str) -> str:

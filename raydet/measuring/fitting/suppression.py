@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from raydet.common.boxes import kept_of_pairs
 from raydet.measuring.diagnosis.scores import IOU, Outcomes, outcomes_at
 from raydet.measuring.fitting.calibrating import NUM_FOLDS, folds_of
 from raydet.measuring.numbers.matches import Protocol
@@ -112,9 +113,5 @@ def overlapping_detections(image_ids: Integers, detections: DetectionColumns, sc
 
 def kept_by_nms(pairs: Pairs, num: int, iou: float) -> Flags:
     """Return which of `num` detections remain if each drops those worse ones that it overlaps by more than `iou`."""
-    kept = np.ones(num, np.bool_)
     strong = pairs.iou > iou
-    for better, worse in zip(pairs.truth[strong].tolist(), pairs.detection[strong].tolist(), strict=True):
-        if kept[better]:
-            kept[worse] = False
-    return kept
+    return kept_of_pairs(pairs.truth[strong], pairs.detection[strong], num)
