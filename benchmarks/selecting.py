@@ -10,12 +10,12 @@ same model is fine-tuned on all of them from the beginning, for the same number 
 on other images, in which all classes are equally frequent.
 
 - random: images drawn at random, the same first ones.
-- select: `raydet select --by …` with the scored pool and the labelled images.
+- select: `raydet select --by …` with the scored pool and the labelled images. It leaves out the copies of what it chose
+  or is labelled, by their thumbnails.
 
 Intervals are 95 % t intervals of the differences, paired by seed: each seed draws another pool and other first images.
-`copies` compares all images of the pool by the embeddings of the last model: how similar the copies are to their
-originals, and how many pairs of other images are at least as similar as the least similar copy. With `--out` an
-interrupted benchmark resumes. `--quick` is a smoke test. The last line is one JSON object.
+`copies` counts those that `select --near-duplicates` finds in the pool, and the other images that it takes for one.
+With `--out` an interrupted benchmark resumes. `--quick` is a smoke test. The last line is one JSON object.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from PIL import Image, ImageEnhance
 
 from raydet import PredictConfig, SelectConfig, predict, select, train
 from raydet.cluster.session import session
-from raydet.selection.vectors import ImageVectors
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, is_table, open_table
 
@@ -73,7 +72,8 @@ def main() -> None:
                 _write(data / "val", ten_shapes.rows(options.val, side=SIDE, seed=2 * seed + 1, first_id=first_id))
                 for name in CONTESTANTS:
                     runs[name].append(_run(name, data, base, rows, seed, options))
-                copies.append(_copies(str(data / f"found-select-{options.rounds - 1}"), originals))
+                found = str(data / f"found-select-{options.rounds - 1}")
+                copies.append(_copies(found, originals, str(data / "duplicates")))
                 print(f"seed {seed}: { {name: own[-1] for name, own in runs.items()} }, {copies[-1]}", flush=True)
     rounds = range(options.rounds + 1)
     summary: dict[str, Any] = {
@@ -210,7 +210,7 @@ def _chosen(data: Path, trained: str, number: int, options: argparse.Namespace) 
             data=str(data / "pool"),
             out=found,
             score_threshold=0.01,
-            keep=["class_scores", "embedding"],
+            keep=["class_scores", "embedding", "thumbnail"],
         )
     )
     chosen = select(
@@ -226,23 +226,13 @@ def _chosen(data: Path, trained: str, number: int, options: argparse.Namespace) 
     return ids
 
 
-def _copies(found: str, originals: dict[int, int]) -> dict[str, float]:
-    """Compare all images by their embeddings: the similarity of copies, and the pairs of others that are as similar."""
-    with ImageVectors(open_table(found, "detections")) as vectors:
-        ids = vectors.image_ids.tolist()
-        block = vectors.block(0, len(ids))
-    similarity = np.triu(block @ block.T, 1)
-    place = {image_id: number for number, image_id in enumerate(ids)}
-    pairs = [tuple(sorted((place[copy], place[original]))) for copy, original in originals.items()]
-    own = np.array([similarity[pair] for pair in pairs])
-    num_as_similar = int((similarity >= own.min()).sum()) - len(pairs)
-    return {
-        "copies": len(pairs),
-        "least": round(float(own.min()), 4),
-        "median": round(float(np.median(own)), 4),
-        "other_pairs": len(ids) * (len(ids) - 1) // 2 - len(pairs),
-        "as_similar": num_as_similar,
-    }
+def _copies(found: str, originals: dict[int, int], out: str) -> dict[str, int]:
+    """Look for near-duplicates among all images, and count the copies whose original is found, and all other pairs."""
+    result = select(SelectConfig(detections=found, near_duplicates=True, out=out))
+    rows = open_table(result.table, "near_duplicates").read(["image_id", "duplicate_of"])
+    pairs = dict(zip(rows["image_id"].to_pylist(), rows["duplicate_of"].to_pylist(), strict=True))
+    num_found = len(pairs.items() & originals.items())
+    return {"copies": len(originals), "found": num_found, "others": len(pairs) - num_found}
 
 
 if __name__ == "__main__":

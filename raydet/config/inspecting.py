@@ -7,6 +7,7 @@ from raydet.config.fields import config, option, require, require_not_negative, 
 from raydet.config.training import AugmentationSpec
 
 Criterion = Literal["uncertainty", "rare", "disagreement", "diversity"]
+Compare = Literal["thumbnail", "embedding"]
 
 
 @config
@@ -85,8 +86,8 @@ class SelectConfig:
     """A detections table → what to label next, images that are nearly the same, or what is similar to one of them."""
 
     detections: str = option(
-        "detections table; --near-duplicates, --similar-to and --by diversity need embeddings, as written by predict "
-        "with --keep embedding"
+        "detections table; --near-duplicates needs thumbnails or embeddings, --similar-to and --by diversity need "
+        "embeddings, as written by predict with --keep thumbnail,embedding"
     )
     out: str = option("folder to write: a table, and a list of images", operational=True)
     by: list[Criterion] = option(
@@ -110,9 +111,14 @@ class SelectConfig:
         None,
         value="IMAGE_ID:BOX",
     )
+    compare: Compare | None = option(
+        "what --near-duplicates and --min-similarity compare: thumbnails, which are alike if the pictures are, or "
+        "embeddings, which are alike if the model sees the same in them; by default thumbnails if there are any",
+        None,
+    )
     min_similarity: float | None = option(
-        "least cosine similarity of two embeddings, 1 if they are equal; required for --near-duplicates; with --by, "
-        "images at least this similar to a labelled or chosen one are left out",
+        "least similarity of two images, 1 if they are equal; for thumbnails 0.95 by default, for embeddings required "
+        "with --near-duplicates; with --by, images at least this similar to a labelled or chosen one are left out",
         None,
     )
     num: int = option("with --by and --similar-to: how many to find", 100)
@@ -142,8 +148,12 @@ class SelectConfig:
             f"--similar-to must be written as IMAGE_ID:BOX, such as 17:0, or IMAGE_ID; got {self.similar_to}",
         )
         require(
-            not self.near_duplicates or self.min_similarity is not None,
-            "--near-duplicates needs --min-similarity, which depends on the model; look at some pairs first",
+            self.similar_to is None or self.compare is None,
+            "--similar-to compares embeddings; omit --compare",
+        )
+        require(
+            not (self.near_duplicates and self.compare == "embedding") or self.min_similarity is not None,
+            "--compare embedding needs --min-similarity, which depends on the model; look at some pairs first",
         )
         require(
             self.min_similarity is None or -1 <= self.min_similarity <= 1,

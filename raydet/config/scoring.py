@@ -10,7 +10,7 @@ from raydet.config.workers import Precision, WorkersConfig
 Engine = Literal["torch", "openvino", "onnx"]
 ResizeOn = Literal["cpu", "device"]
 Merge = Literal["nms", "wbf"]
-Keep = Literal["class_scores", "embedding"]
+Keep = Literal["class_scores", "embedding", "thumbnail"]
 DrawIf = Literal["any", "low_score", "many_boxes"]
 
 
@@ -154,8 +154,9 @@ class PredictConfig(WorkersConfig):
     )
 
     keep: list[Keep] | None = option(
-        "vectors to store for each query that has a detection: class_scores (of all classes), embedding (that of the "
-        "decoder, and one of the image)",
+        "what to store besides: for each query that has a detection class_scores (of all classes) or the embedding "
+        "(that of the decoder, and one of the image); for each image a thumbnail of 8 × 8 pixels, by which `select` "
+        "finds near-duplicates",
         None,
         group="Detections",
     )
@@ -269,17 +270,21 @@ class PredictConfig(WorkersConfig):
         )
 
     def _check_keep(self) -> None:
-        if not self.keep:
+        require(
+            not (self.windowed and self.keep),
+            "--keep cannot be combined with --windowed, which merges many windows",
+        )
+        if not self.keeps_vectors:
             return
         reasons = {
             f"--engine {self.engine}: it needs --engine torch": self.engine != "torch",
             "--model: it needs a trained detector": self.model is not None,
             "--tile, which merges boxes of several queries": self.tile is not None,
             "--flip, which merges boxes of several queries": self.flip,
-            "--compile: only class_scores can": self.compile and "embedding" in self.keep,
+            "--compile: only class_scores can": self.compile and "embedding" in self.keeps_vectors,
         }
         reason = next((reason for reason, applies in reasons.items() if applies), "")
-        require(not reason, f"--keep {','.join(self.keep)} cannot be combined with {reason}")
+        require(not reason, f"--keep {','.join(self.keeps_vectors)} cannot be combined with {reason}")
 
     def _check_adapter(self) -> None:
         if self.adapter is None:
@@ -304,6 +309,11 @@ class PredictConfig(WorkersConfig):
     def adapters(self) -> list[str]:
         """The folders that `adapter` names; empty without it."""
         return [self.adapter] if isinstance(self.adapter, str) else self.adapter or []
+
+    @property
+    def keeps_vectors(self) -> list[Keep]:
+        """The vectors of queries that `keep` names."""
+        return [name for name in self.keep or () if name != "thumbnail"]
 
     @property
     def data_uri(self) -> str:

@@ -41,6 +41,7 @@ _COLUMNS = {
     "detections": "detected boxes in descending score order: box, score and class",
     "queries": "queries of the detections: box, and the scores of all classes or the embedding that the run kept",
     "image_embedding": "mean of the encoder's features of the image; null if it was not read",
+    "thumbnail": "the image at 8 × 8 pixels: red, green and blue, row by row; null if it was not read",
     "error": "why an image has no detections; null if it was read",
 }
 """Descriptions of the columns of images and detections tables."""

@@ -17,8 +17,10 @@ from raydet.config import PredictConfig
 from raydet.engines.views import crop, planned_views
 from raydet.images.collection import ImageRow
 from raydet.images.decode import DecodeError
+from raydet.images.pixels import thumbnail_of
 from raydet.models.geometry import Image, PixelBuffer, ResizeRule, SizeHW, resized_planes
 from raydet.scoring.plan import ScoringPlan, Work
+from raydet.tables.kept.thumbnails import THUMBNAIL_COLUMN, THUMBNAIL_SHAPE, THUMBNAIL_TYPE
 
 MOST_BLOCK_BYTES = 32 * 2**20
 
@@ -36,9 +38,10 @@ def blocks_of(
 
     Yields:
         Tables with the columns `image_id`, `path`, `error`, `height` and `width` of the upright image, `pixel_height`
-        and `pixel_width` of the decoded one, null if it cannot be read, those of the collection's `extra_fields`, and
-        `pixels`: the views of the image one after the other, each uint8 [3, height, width] as resized by the rule; the
-        image, uint8 [height, width, 3], if the decoder does not resize.
+        and `pixel_width` of the decoded one, null if it cannot be read, those of the collection's `extra_fields`,
+        `thumbnail` if the run keeps it, and `pixels`: the views of the image one after the other, each
+        uint8 [3, height, width] as resized by the rule; the image, uint8 [height, width, 3], if the decoder does not
+        resize.
     """
     watch = Stopwatch("decoder")
     images = iter(work.images.read(rows.start, rows.stop))
@@ -64,6 +67,8 @@ class _Block:
         # Pages that are not written take no memory.
         self._pixels = PixelBuffer(2 * most_bytes)
         self._ends: list[int] = []
+        self._keeps_thumbnail = "thumbnail" in (work.config.keep or ())
+        self._thumbnails: list[_Bytes | None] = []
 
     def is_full(self, plan: ScoringPlan, most_bytes: int) -> bool:
         num_images = len(self._rows)
@@ -73,7 +78,7 @@ class _Block:
         return num_bytes >= most_bytes and num_images % plan.images_per_batch == 0
 
     def add(self, row: ImageRow) -> None:
-        error, size_hw, decoded_hw = row.error, row.size_hw, None
+        error, size_hw, decoded_hw, thumbnail = row.error, row.size_hw, None, None
         if error is None:
             try:
                 with self._watch.measuring("decode"):
@@ -84,11 +89,14 @@ class _Block:
             else:
                 decoded_hw = (image.shape[0], image.shape[1])
                 with self._watch.measuring("prepare"):
+                    if self._keeps_thumbnail:
+                        thumbnail = thumbnail_of(image, THUMBNAIL_SHAPE[0]).reshape(-1)
                     for pixels in _resized_views(image, decoded_hw, self._config, self._rule):
                         self._pixels.append(pixels.shape)[:] = pixels
         self._rows.append(replace(row, data=None, error=error, size_hw=size_hw))
         self._decoded_hw.append(decoded_hw)
         self._ends.append(len(self._pixels.content))
+        self._thumbnails.append(thumbnail)
 
     def to_table(self) -> pa.Table:
         offsets = np.array([0, *self._ends], np.int64)
@@ -108,6 +116,7 @@ class _Block:
                     field.name: pa.array([row.extra[number] for row in self._rows], field.type)
                     for number, field in enumerate(self._extra_fields)
                 },
+                **({THUMBNAIL_COLUMN: pa.array(self._thumbnails, THUMBNAIL_TYPE)} if self._keeps_thumbnail else {}),
                 "pixels": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._rows), buffers),
             }
         )

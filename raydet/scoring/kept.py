@@ -19,16 +19,16 @@ Flags = npt.NDArray[np.bool_]
 
 def vectors_to_keep(config: PredictConfig, checkpoint: Checkpoint, family: Family) -> KeptVectors | None:
     """Return what `--keep` stores of a model; None without it."""
-    if not config.keep:
+    if not config.keeps_vectors:
         return None
     dimension = family.default_hidden_size
     for name in ("hidden_size", "d_model"):
         stated = checkpoint.content.get(name)
         dimension = stated if isinstance(stated, int) else dimension
     return KeptVectors(
-        class_scores=("softmax" if family.softmax else "sigmoid") if "class_scores" in config.keep else None,
+        class_scores=("softmax" if family.softmax else "sigmoid") if "class_scores" in config.keeps_vectors else None,
         num_classes=len(checkpoint.categories),
-        dimension=dimension if "embedding" in config.keep else None,
+        dimension=dimension if "embedding" in config.keeps_vectors else None,
     )
 
 

@@ -18,6 +18,7 @@ from raydet.models.families import family_of
 from raydet.scoring.kept import vectors_to_keep
 from raydet.scoring.plan import OWN_TABLE
 from raydet.tables.kept.columns import KeptVectors
+from raydet.tables.kept.thumbnails import THUMBNAIL_FIELD
 from raydet.tables.schema import Category, build_schema
 
 
@@ -88,13 +89,14 @@ def check_fit(model: ModelFacts, console: Console) -> None:
             pass
 
 
-def schema_of(model: ModelFacts, images: Collection, *, base: ModelFacts | None) -> pa.Schema:
+def schema_of(model: ModelFacts, images: Collection, config: PredictConfig, *, base: ModelFacts | None) -> pa.Schema:
     """Build the schema of a table; `base` is the model that was adapted, if any."""
     metadata = {"checkpoint": without_secrets(model.name), "checkpoint_hash": model.fingerprint}
     if base is not None:
         metadata |= {"base": without_secrets(base.name), "base_hash": base.fingerprint}
     if model.point is not None:
         metadata["operating_point"] = model.point.fingerprint
+    extra_fields = [*images.extra_fields, *([THUMBNAIL_FIELD] if "thumbnail" in (config.keep or ()) else [])]
     if model.kept is not None:
-        return model.kept.schema(model.categories, metadata, images.extra_fields)
-    return build_schema("detections", model.categories, extra_fields=images.extra_fields, extra_metadata=metadata)
+        return model.kept.schema(model.categories, metadata, extra_fields)
+    return build_schema("detections", model.categories, extra_fields=extra_fields, extra_metadata=metadata)

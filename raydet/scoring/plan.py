@@ -28,7 +28,7 @@ LOG_FOLDER = "__log"
 _MOST_ROWS_PER_FILE = 1024
 """Maximum rows of a detections file, a few megabytes; a kill loses the work on each file in flight."""
 _MOST_ROWS_WITH_VECTORS = 256
-"""The same with `--keep`: 300 queries with embeddings of 256 numbers take 150 kB an image, which wait in memory."""
+"""The same with vectors: 300 queries with embeddings of 256 numbers take 150 kB an image, which wait in memory."""
 _LEAST_FILES_PER_WORKER = 16
 """A chunk is decoded in one thread, so a worker needs several at a time, and none may idle at the end."""
 _EVEN_ENOUGH = 1.02
@@ -69,7 +69,7 @@ class ScoringPlan:
         if config.tile:
             images_per_batch = 1
         least_files = _LEAST_FILES_PER_WORKER * config.num_workers
-        most_rows = _MOST_ROWS_WITH_VECTORS if config.keep else _MOST_ROWS_PER_FILE
+        most_rows = _MOST_ROWS_WITH_VECTORS if config.keeps_vectors else _MOST_ROWS_PER_FILE
         # The rows of all adapters wait in memory until the chunk is finished.
         most_rows = max(_IMAGES_PER_BLOCK, most_rows // max(1, len(config.adapters)))
         rows_per_file = config.rows_per_file or min(

@@ -201,7 +201,7 @@ def predict_with(
             images=images,
             plan=plan_of_pictures(images.num_rows) if config.windowed else ScoringPlan.of(config, images.num_rows, 1),
             schemas={
-                table: with_token(schema_of(each, images, base=model if model.adapters else None), token)
+                table: with_token(schema_of(each, images, config, base=model if model.adapters else None), token)
                 for table, each in model.by_table.items()
             },
             load_engine=load,

@@ -17,10 +17,10 @@ from raydet.measuring.joining import list_images, rows_of_same_images
 from raydet.preparation.sources.scored.pairing import places_of
 from raydet.preparation.sources.scored.rows import RecentRows
 from raydet.selection.criteria import disagreement, rareness, rarity_of, uncertainty, uncertainty_of
-from raydet.selection.farthest import farthest_first
+from raydet.selection.farthest import Neighbourhood, farthest_first
 from raydet.selection.ranking import ImageScores, Ranked
 from raydet.selection.scored_images import ScoredImages, read_scored_images, scored_columns
-from raydet.selection.vectors import Vectors, embedding_dimension, normalised, rows_of
+from raydet.selection.vectors import ImageColumn, Sameness, Vectors, rows_of
 from raydet.tables.columns import (
     BATCH_ROWS,
     DetectionColumns,
@@ -33,7 +33,6 @@ from raydet.tables.columns import (
     take_detections,
     take_rows,
 )
-from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN
 from raydet.tables.kept.plain import plain_columns, plain_schema
 from raydet.tables.table import Table
 
@@ -80,13 +79,13 @@ def next_images(
         UserError: The other tables do not fit this one, a criterion needs vectors that it lacks, or every image is
             labelled already.
     """
-    dimension = embedding_dimension(table)
-    if dimension is None and ("diversity" in config.by or config.min_similarity is not None):
-        what = "--by diversity" if "diversity" in config.by else "--min-similarity"
+    embeddings, same = ImageColumn.of(table, "embedding"), Sameness.of(table, config)
+    if embeddings is None and "diversity" in config.by:
         raise UserError(
-            f"{what} compares embeddings, which {table.uri} lacks; score the images with `raydet predict --keep "
-            "embedding`"
+            f"--by diversity compares embeddings, which {table.uri} lacks; score the images with `raydet predict "
+            "--keep embedding`"
         )
+    column = embeddings if same is None else embeddings or same.column
     is_labelled, labels = _labelled(table, labelled)
     criteria = _Criteria(table, config.by, other, labels)
     with ImageScores(max(1, len(criteria.names))) as scores:
@@ -98,23 +97,25 @@ def next_images(
             start = stop
         if not scores.num_candidates:
             raise UserError(f"{table.uri} has no image that could be read and is not labelled already")
-        factor = 1 if dimension is None else CANDIDATES_PER_IMAGE
+        factor = 1 if column is None else CANDIDATES_PER_IMAGE
         ranked = scores.best(min(scores.num_candidates, factor * config.num))
-    if dimension is None:
+    if column is None:
         return criteria.explained(ranked, None)
-    vectors = _vectors_at(table, dimension, ranked.rows)
+    among = twins = _neighbourhood(table, column, ranked.rows, is_labelled)
+    if same is not None and same.column != column:
+        twins = _neighbourhood(table, same.column, ranked.rows, is_labelled)
     chosen, similarity = farthest_first(
-        vectors,
         ranked.mean_ranks,
-        _nearest_labelled(table, dimension, vectors, is_labelled),
+        among,
         num=config.num,
-        max_similarity=np.inf if config.min_similarity is None else config.min_similarity,
         by_distance="diversity" in config.by,
+        twins=twins,
+        max_similarity=np.inf if same is None else same.min_similarity,
     )
-    if not len(chosen):
+    if same and not len(chosen):
         raise UserError(
-            f"the {len(vectors):,} images of {table.uri} with the highest ranks are all at least --min-similarity "
-            f"{config.min_similarity:g} similar to a labelled one; raise it"
+            f"the {len(ranked.rows):,} images of {table.uri} with the highest ranks are all at least --min-similarity "
+            f"{same.min_similarity:g} similar to a labelled one; raise it"
         )
     return criteria.explained(ranked.take(chosen), similarity)
 
@@ -247,31 +248,31 @@ class _OtherRun:
         return keep_detections(found, found.category >= 0)
 
 
-def _vectors_at(table: Table, dimension: int, rows: Integers) -> Vectors:
-    """Return the embeddings of the images in some rows, [N, D]; 0 without one."""
-    vectors = np.zeros((len(rows), dimension), np.float32)
-    order = np.argsort(rows)
-    start = 0
-    for batch in table.iter_batches([IMAGE_EMBEDDING_COLUMN], _VECTORS_AT_ONCE):
-        first, end = np.searchsorted(rows[order], [start, start + batch.num_rows])
-        own = order[first:end]
-        found = take_rows(batch.column(IMAGE_EMBEDDING_COLUMN), rows[own] - start)
-        vectors[own[numbers_of(found.is_valid())]] = normalised(rows_of(found, dimension))
-        start += batch.num_rows
-    return vectors
-
-
-def _nearest_labelled(table: Table, dimension: int, vectors: Vectors, is_labelled: Flags) -> npt.NDArray[np.float32]:
-    """Return the similarity of each vector to that of the nearest labelled image, [N]; -1 if there is none."""
+def _neighbourhood(table: Table, column: ImageColumn, rows: Integers, is_labelled: Flags) -> Neighbourhood:
+    """Return the vectors of the images in some rows, 0 without one, and their similarity to the labelled ones."""
+    vectors = _vectors_at(table, column, rows)
     nearest = np.full(len(vectors), -1, np.float32)
     start = 0
-    for batch in table.iter_batches([IMAGE_EMBEDDING_COLUMN], _VECTORS_AT_ONCE) if is_labelled.any() else ():
+    for batch in table.iter_batches([column.name], _VECTORS_AT_ONCE) if is_labelled.any() else ():
         own = np.flatnonzero(is_labelled[start : start + batch.num_rows])
         if own.size:
-            labelled = normalised(rows_of(take_rows(batch.column(IMAGE_EMBEDDING_COLUMN), own), dimension))
+            labelled = column.vectors(rows_of(take_rows(batch.column(column.name), own), column.dimension))
             np.maximum(nearest, (vectors @ labelled.T).max(axis=1, initial=-1), out=nearest)
         start += batch.num_rows
-    return nearest
+    return Neighbourhood(vectors, nearest)
+
+
+def _vectors_at(table: Table, column: ImageColumn, rows: Integers) -> Vectors:
+    vectors = np.zeros((len(rows), column.dimension), np.float32)
+    order = np.argsort(rows)
+    start = 0
+    for batch in table.iter_batches([column.name], _VECTORS_AT_ONCE):
+        first, end = np.searchsorted(rows[order], [start, start + batch.num_rows])
+        own = order[first:end]
+        found = take_rows(batch.column(column.name), rows[own] - start)
+        vectors[own[numbers_of(found.is_valid())]] = column.vectors(rows_of(found, column.dimension))
+        start += batch.num_rows
+    return vectors
 
 
 def _shown_similarity(similarity: np.float32) -> float | None:

@@ -10,7 +10,7 @@ from raydet.cluster.ray_internals import cluster_cpus
 from raydet.cluster.tasks import result_of, run_tasks, shared, start_actor
 from raydet.selection.near_duplicates import ROWS_AT_ONCE, Nearest, improve, nearest_kept
 from raydet.selection.similar import PartSearch, Rows
-from raydet.selection.vectors import ImageVectors, Vectors
+from raydet.selection.vectors import ImageColumn, ImageVectors, Vectors
 from raydet.tables.columns import Flags, starts_of
 from raydet.tables.table import RowGroup, Table
 
@@ -20,10 +20,11 @@ _CPUS_PER_ACTOR = 0.5
 class VectorActors:
     """The image vectors of a table in the memory of actors, as many as the cluster has CPUs."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, column: ImageColumn) -> None:
         """Start the actors and wait until they have read their parts."""
         parts = table.split_row_groups(int(cluster_cpus()))
-        self._actors: list[Any] = [start_actor(_VectorPart, table, part, cpus=_CPUS_PER_ACTOR) for part in parts]
+        start = partial(start_actor, _VectorPart, table, column, cpus=_CPUS_PER_ACTOR)
+        self._actors: list[Any] = list(map(start, parts))
         sizes = [result_of(actor.size.remote()) for actor in self._actors]
         self._starts = starts_of(np.array(sizes, np.int64)).tolist()
 
@@ -45,8 +46,8 @@ class VectorActors:
 class _VectorPart:
     """The vectors of some row groups."""
 
-    def __init__(self, table: Table, groups: Sequence[RowGroup]) -> None:
-        self._vectors = ImageVectors(table, groups)
+    def __init__(self, table: Table, column: ImageColumn, groups: Sequence[RowGroup]) -> None:
+        self._vectors = ImageVectors(table, column, groups)
 
     def size(self) -> int:
         return len(self._vectors.image_ids)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydet.common.console import Console, counted
+from raydet.common.errors import UserError
 from raydet.common.notebook.showing import Shown
 from raydet.config import SelectConfig, config_hash, identity
 from raydet.config.fields import with_options
@@ -18,7 +19,7 @@ from raydet.selection.near_duplicates import near_duplicates
 from raydet.selection.next_images import NextImages, next_images
 from raydet.selection.scored_files import file_finder
 from raydet.selection.similar import Probe, find_similar
-from raydet.selection.vectors import ImageVectors
+from raydet.selection.vectors import ImageVectors, Sameness
 from raydet.tables import storage
 from raydet.tables.columns import Integers, image_ids_in, take_rows
 from raydet.tables.layout import MANIFEST_NAME
@@ -182,10 +183,15 @@ class _Similar:
 
 
 def _duplicates(table: Table, config: SelectConfig) -> _Results:
-    assert config.min_similarity is not None, "the config requires it for near-duplicates"
-    with ImageVectors(table) as vectors, _cluster(table, config) as cluster:
-        search = None if cluster is None else cluster.VectorActors(table).search
-        return _Duplicates(vectors.image_ids, *near_duplicates(vectors, config.min_similarity, search=search))
+    same = Sameness.of(table, config)
+    if same is None:
+        raise UserError(
+            f"{table.uri} has embeddings but no thumbnails: --min-similarity is required, which depends on the model, "
+            "so look at some pairs first; or score the images again with `raydet predict --keep thumbnail`"
+        )
+    with ImageVectors(table, same.column) as vectors, _cluster(table, config) as cluster:
+        search = None if cluster is None else cluster.VectorActors(table, same.column).search
+        return _Duplicates(vectors.image_ids, *near_duplicates(vectors, same.min_similarity, search=search))
 
 
 def _similar(table: Table, config: SelectConfig) -> _Results:

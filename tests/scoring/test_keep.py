@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from raydet import (
     EvaluateConfig,
     ExportCocoConfig,
     PredictConfig,
     PrepareDetectionsConfig,
+    SelectConfig,
     UserError,
     evaluate,
     export_coco,
     predict,
     prepare_detections,
+    select,
 )
 from raydet.browsing.sources import open_sources
 from raydet.config import BrowseConfig
@@ -141,6 +143,45 @@ def test_without_it_the_table_has_no_further_column_and_the_detections_are_equal
         }
 
 
+def test_a_thumbnail_is_the_image_at_8_by_8_pixels_whatever_merges_the_boxes(
+    config: PredictConfig, tmp_path: Path
+) -> None:
+    keep: Any = ["thumbnail"]
+    run = dataclasses.replace(config, out=str(tmp_path / "d"), keep=keep, tile=64, flip=True)
+    predict_with(run, in_process=True)
+    table = open_table(run.out)
+    assert table.schema.names == [*build_schema("detections").names, "thumbnail"]
+    rows = table.read().to_pylist()
+    assert [row["thumbnail"] is None for row in rows] == [row["error"] is not None for row in rows]
+    picture = np.array(Image.open(Path(config.data_uri) / "0.png").convert("RGB"), float)  # of 40 × 64 pixels
+    means = picture.reshape(8, 5, 8, 8, 3).mean(axis=(1, 3))
+    found = np.reshape(rows[0]["thumbnail"], (8, 8, 3))
+    np.testing.assert_allclose(found.mean(axis=(0, 1)), means.mean(axis=(0, 1)), atol=4)
+    assert np.corrcoef(found.reshape(-1), means.reshape(-1))[0, 1] > 0.99
+
+
+def test_near_duplicates_are_found_by_their_thumbnails_without_a_model_that_knows_them(
+    config: PredictConfig, shapes: Path, tmp_path: Path
+) -> None:
+    pictures = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows_of(shapes / "train")[:8]]
+    (tmp_path / "images").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "images" / f"{number}.png")
+    small = pictures[1].resize((picture.width // 2, picture.height // 2))
+    contrast = ImageEnhance.Contrast(pictures[2]).enhance(0.7)
+    ImageEnhance.Brightness(pictures[0]).enhance(0.8).save(tmp_path / "images" / "8.jpg", quality=60)
+    small.save(tmp_path / "images" / "9.jpg", quality=90)
+    contrast.save(tmp_path / "images" / "a.webp", quality=60)
+    data = str(tmp_path / "images")
+    keep: Any = ["thumbnail", "embedding"]
+    run = dataclasses.replace(config, data=data, out=str(tmp_path / "d"), keep=keep, reduced_decode=True)
+    predict_with(run, in_process=True)
+    result = select(SelectConfig(detections=run.out, near_duplicates=True, out=str(tmp_path / "found")))
+    found = rows_of(result.table, "near_duplicates")
+    assert [(row["image_id"], row["duplicate_of"]) for row in found] == [(8, 0), (9, 1), (10, 2)]
+    assert all(0.95 < row["similarity"] <= 1.0001 for row in found)
+
+
 @pytest.mark.parametrize("keep", ["class_scores", "embedding"])
 def test_one_kind_alone_and_images_without_a_detection(config: PredictConfig, tmp_path: Path, keep: Any) -> None:
     run = dataclasses.replace(config, out=str(tmp_path / "d"), keep=[keep], score_threshold=0.999)
@@ -209,6 +250,11 @@ def test_what_merges_boxes_or_has_no_vectors_is_refused(options: dict[str, Any],
     with pytest.raises(UserError) as caught:
         PredictConfig(**{"checkpoint": "c", "data": "d", "out": "o", "keep": KEEP, **options})
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_windows_keep_nothing() -> None:
+    with pytest.raises(UserError, match="--keep cannot be combined with --windowed"):
+        PredictConfig(checkpoint="c", data="d", out="o", keep=["thumbnail"], tile=64, windowed=True)
 
 
 def test_pictures_have_no_table_for_vectors(config: PredictConfig) -> None:

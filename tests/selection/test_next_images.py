@@ -10,10 +10,11 @@ import pytest
 
 from raydet import ExportLabelStudioConfig, SelectConfig, UserError, export_label_studio, select
 from raydet.selection.criteria import disagreement, uncertainty_of
-from raydet.selection.farthest import farthest_first
+from raydet.selection.farthest import Neighbourhood, farthest_first
 from raydet.selection.ranking import ImageScores
 from raydet.tables.columns import DetectionColumns
 from raydet.tables.kept.columns import KeptVectors
+from raydet.tables.kept.thumbnails import THUMBNAIL_FIELD
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 from tests.json_output import check_result
@@ -26,9 +27,17 @@ Found = tuple[float, int, list[float], list[float]]
 """Score, class, box and all class scores of a detection."""
 
 
-def write(uri: Path, images: Sequence[Sequence[Found]], vectors: Any, *, unreadable: Sequence[int] = ()) -> str:
-    """Write a detections table with class scores and embeddings of two dimensions."""
-    schema = KeptVectors(class_scores="sigmoid", num_classes=3, dimension=2).schema(CATEGORIES, {"checkpoint": "a"})
+def write(
+    uri: Path,
+    images: Sequence[Sequence[Found]],
+    vectors: Any,
+    *,
+    unreadable: Sequence[int] = (),
+    thumbnails: Sequence[Any] | None = None,
+) -> str:
+    """Write a detections table with class scores, embeddings of two dimensions and, if they are given, thumbnails."""
+    kept = KeptVectors(class_scores="sigmoid", num_classes=3, dimension=2)
+    schema = kept.schema(CATEGORIES, {"checkpoint": "a"}, [THUMBNAIL_FIELD] if thumbnails else [])
     with TableWriter(str(uri), schema, config_hash="0" * 12) as writer:
         for number, (found, vector) in enumerate(zip(images, vectors, strict=True)):
             found = [] if number in unreadable else found
@@ -48,6 +57,7 @@ def write(uri: Path, images: Sequence[Sequence[Found]], vectors: Any, *, unreada
                         "queries": queries,
                         "image_embedding": None if number in unreadable else list(vector),
                         "error": "no image" if number in unreadable else None,
+                        **({"thumbnail": list(thumbnails[number])} if thumbnails else {}),
                     }
                 ]
             )
@@ -202,6 +212,23 @@ def test_different_images_are_chosen_and_planted_copies_are_not(tmp_path: Path) 
     assert not Path(nothing).exists()
 
 
+@pytest.mark.parametrize("by", [["uncertainty"], ["uncertainty", "diversity"]])
+def test_the_same_picture_is_not_chosen_twice_whatever_the_model_sees_in_it(tmp_path: Path, by: Any) -> None:
+    first, second = np.random.default_rng(0).integers(40, 200, (2, 192), np.uint8)
+    # The last picture is the first one, brighter and with more contrast; to the model it is like the second.
+    pictures = [first, second, first * 1.1 + 15]
+    vectors = np.eye(2)[[0, 1, 1]]
+    images = [[single(0.5)], [single(0.8)], [single(0.6)]]
+    uri = write(tmp_path / "d", images, vectors, thumbnails=[picture.astype(np.uint8) for picture in pictures])
+    config = SelectConfig(detections=uri, by=by, num=3, out=str(tmp_path / "out"))
+    rows = rows_of(select(config).table, "to_label")
+    assert [row["image_id"] for row in rows] == [100, 101]
+    by_model = dataclasses.replace(config, compare="embedding", min_similarity=0.9, out=str(tmp_path / "by_model"))
+    assert [row["image_id"] for row in rows_of(select(by_model).table, "to_label")] == [100, 102]
+    neither = dataclasses.replace(config, compare="embedding", out=str(tmp_path / "neither"))
+    assert [row["image_id"] for row in rows_of(select(neither).table, "to_label")] == [100, 102, 101]
+
+
 def test_the_detections_of_the_chosen_images_go_to_a_labelling_tool(tmp_path: Path) -> None:
     uri = write(tmp_path / "d", [[single(0.5, 1)], [single(0.9)], [single(0.6, 2)]], np.eye(2)[[0, 1, 1]])
     result = select(SelectConfig(detections=uri, by=["uncertainty"], num=2, out=str(tmp_path / "out")))
@@ -242,7 +269,8 @@ def test_the_farthest_image_comes_first_as_a_direct_search_finds_it() -> None:
     vectors = generator.normal(size=(60, 4)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     weights = generator.random(60) + 0.1
-    chosen, similarity = farthest_first(vectors, weights, np.full(60, -1, np.float32), num=20, max_similarity=0.9)
+    images = Neighbourhood(vectors, np.full(60, -1, np.float32))
+    chosen, similarity = farthest_first(weights, images, num=20, max_similarity=0.9)
     kept: list[int] = []
     for _ in range(20):
         nearest = (vectors @ vectors[kept].T).max(axis=1) if kept else np.full(60, -1)

@@ -8,7 +8,7 @@ import pytest
 
 from raydet import SelectConfig, UserError, select
 from raydet.selection.near_duplicates import near_duplicates
-from raydet.selection.vectors import ImageVectors
+from raydet.selection.vectors import ImageColumn, ImageVectors
 from raydet.tables.kept.columns import KeptVectors
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
@@ -17,6 +17,7 @@ from tests.small_sets import rows_of
 
 CATEGORIES = (Category(3, "cat"), Category(7, "dog"))
 DIMENSION = 16
+EMBEDDINGS = ImageColumn("image_embedding", DIMENSION, np.float16)
 NUM_IMAGES = 60
 UNREADABLE = 7
 COPIES = {20: 3, 41: 3, 42: 12, 59: 58}
@@ -74,7 +75,7 @@ def unit(vectors: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
 def test_planted_copies_and_only_these_are_found(table: str, rows_at_once: int) -> None:
-    with ImageVectors(open_table(table)) as vectors:
+    with ImageVectors(open_table(table), EMBEDDINGS) as vectors:
         original, similarity = near_duplicates(vectors, 0.99, rows_at_once=rows_at_once)
         ids = vectors.image_ids
     assert len(ids) == NUM_IMAGES - 1 and 100 + UNREADABLE not in ids
@@ -85,7 +86,7 @@ def test_planted_copies_and_only_these_are_found(table: str, rows_at_once: int) 
 
 @pytest.mark.parametrize("rows_at_once", [3, 8, 1000])
 def test_a_lower_limit_finds_what_one_after_the_other_does(table: str, rows_at_once: int) -> None:
-    with ImageVectors(open_table(table)) as vectors:
+    with ImageVectors(open_table(table), EMBEDDINGS) as vectors:
         original, similarity = near_duplicates(vectors, 0.3, rows_at_once=rows_at_once)
     values = unit([row["image_embedding"] for row in rows() if row["image_embedding"] is not None])
     kept: list[int] = []
@@ -163,19 +164,31 @@ def test_a_target_that_is_not_there_is_named(table: str, tmp_path: Path, target:
 def test_a_table_without_embeddings_is_refused(tmp_path: Path) -> None:
     with TableWriter(str(tmp_path / "d"), build_schema("detections", CATEGORIES), config_hash="0" * 12) as writer:
         writer.write_rows([])
-    with pytest.raises(UserError, match="--keep embedding"):
-        select(
-            SelectConfig(
-                detections=str(tmp_path / "d"), near_duplicates=True, min_similarity=0.99, out=str(tmp_path / "out")
-            )
-        )
+    base: dict[str, Any] = {"detections": str(tmp_path / "d"), "out": str(tmp_path / "out")}
+    for options, reason in (
+        ({"near_duplicates": True}, "--near-duplicates compares thumbnails or embeddings.*--keep thumbnail"),
+        ({"near_duplicates": True, "compare": "embedding", "min_similarity": 0.9}, "embeddings.*--keep embedding"),
+        ({"by": ["uncertainty"], "min_similarity": 0.9}, "--min-similarity compares.*--keep thumbnail"),
+        ({"by": ["uncertainty"], "compare": "thumbnail"}, "--compare thumbnail compares thumbnails"),
+        ({"similar_to": "1:0"}, "--keep embedding"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            select(SelectConfig(**base, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_have_no_default_limit(table: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no thumbnails: --min-similarity is required.*--keep thumbnail"):
+        select(SelectConfig(detections=table, near_duplicates=True, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"near_duplicates": True},
+        {"near_duplicates": True, "compare": "embedding"},
+        {"similar_to": "1:0", "compare": "thumbnail"},
         {"near_duplicates": True, "min_similarity": 0.9, "similar_to": "1:0"},
         {"similar_to": "1:x"},
         {"similar_to": "1:0", "num": 0},

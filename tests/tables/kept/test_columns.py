@@ -8,6 +8,7 @@ import pytest
 
 from raydet.common.errors import UserError
 from raydet.tables.kept.columns import KeptVectors
+from raydet.tables.kept.thumbnails import THUMBNAIL_FIELD
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 
@@ -17,7 +18,7 @@ BOX = [0.0, 0.5, 1.0, 2.0]
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    found = {"bbox": [BOX, BOX], "score": [0.5, 0.25], "category": [1, 0], "query": [0, 0]}
+    found: dict[str, Any] = {"bbox": [BOX, BOX], "score": [0.5, 0.25], "category": [1, 0], "query": [0, 0]}
     queries = {"bbox": [BOX], "class_scores": [[0.25, 0.5]], "embedding": [[1.0, -2.0, 65504.0]]}
     return {
         "image_id": 1,
@@ -91,3 +92,15 @@ def test_columns_that_contradict_the_metadata_are_refused(tmp_path: Path, schema
     uri = write(tmp_path, [], schema)
     with pytest.raises(UserError, match="is damaged"):
         open_table(uri)
+
+
+def test_thumbnails_of_another_form_are_refused(tmp_path: Path) -> None:
+    damaged = build_schema("detections", CATEGORIES, extra_fields=[pa.field("thumbnail", pa.list_(pa.uint8()))])
+    with pytest.raises(UserError, match="the column thumbnail has the type list"):
+        open_table(write(tmp_path / "list", [], damaged))
+    pixels: list[int | None] = [0] * 191
+    found: dict[str, Any] = {"bbox": [], "score": [], "category": []}
+    schema = build_schema("detections", CATEGORIES, extra_fields=[THUMBNAIL_FIELD])
+    table = open_table(write(tmp_path / "null", [row(detections=found, thumbnail=[*pixels, None])], schema))
+    with pytest.raises(UserError, match="thumbnail has pixels that are null"):
+        table.read()
