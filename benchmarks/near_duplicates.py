@@ -1,12 +1,12 @@
 """Share of altered copies of real images that `select --near-duplicates` finds, and other images that it takes for one.
 
-    RAYDET_TEST_DATA=FOLDER python benchmarks/near_duplicates.py [--limits 0.9 0.95 0.98] [--quick]
+    python benchmarks/near_duplicates.py [--limits 0.9 0.95 0.98] [--quick]
 
-Each image of three sets (COCO, blood cells, raccoons) gets one altered copy per alteration. `predict --keep thumbnail`
-scores them with random weights, and `select --near-duplicates` compares all of them. For each limit of similarity the
-benchmark prints the share of copies that are found to be those of their original, the number of images that are taken
-for a copy of another one, and the originals that are alike: some sets contain a picture twice. The last line is one
-JSON object.
+Each image of three sets in `RAYDET_TEST_DATA` (COCO, blood cells, raccoons) gets one altered copy per alteration.
+`predict --keep thumbnail` scores them with random weights, and `select --near-duplicates` compares all of them. For
+each limit of similarity the benchmark prints the share of copies that are found to be those of their original, the
+number of images that are taken for a copy of another one, and the originals that are alike: some sets contain a picture
+twice. The last line is one JSON object.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--limits", type=float, nargs="+", default=[0.9, 0.95, 0.98], help="least similarities")
     parser.add_argument("--quick", action="store_true", help="ten images of each set")
     options = parser.parse_args()
-    data = Path(os.environ["RAYDET_TEST_DATA"])
+    data = Path(os.environ.get("RAYDET_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     summary: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="raydet-benchmark-") as name:
         checkpoint = str(Path(name, "checkpoint"))

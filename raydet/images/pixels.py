@@ -39,15 +39,6 @@ _PIXELS_AT_ONCE = 16_000_000
 """Larger images are converted in bands of about this many pixels."""
 
 
-def thumbnail_of(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Shrink RGB pixels, uint8 [height, width, 3], to side × side pixels, weighted means of what they cover.
-
-    Cropping by a few pixels changes it less than means over the covered pixels alone.
-    """
-    shrunk = Image.fromarray(pixels).resize((side, side), Image.Resampling.HAMMING, reducing_gap=3.0)
-    return np.asarray(shrunk, np.uint8)
-
-
 def upright_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
     """Convert a loaded image to RGB, uint8 [height, width, 3], contiguous and writable; a large one is closed."""
     orientation = orientation_of(image)

@@ -78,12 +78,13 @@ class ImageColumn:
         """Convert rows [N, D] to vectors.
 
         A thumbnail loses the mean of each colour, so that the cosine of two is the correlation of their pixels, which
-        depends on neither brightness nor contrast.
+        depends on neither brightness nor contrast. Half a grey level remains, so that images of a single colour, which
+        have no other direction, are alike.
         """
         if self.dtype is np.float16:
             return normalised(rows)
         pixels = rows.reshape(len(rows), -1, THUMBNAIL_SHAPE[2]).astype(np.float32)
-        return normalised((pixels - pixels.mean(axis=1, keepdims=True)).reshape(len(rows), -1))
+        return normalised((pixels - pixels.mean(axis=1, keepdims=True) + 0.5).reshape(len(rows), -1))
 
 
 @dataclass(frozen=True)

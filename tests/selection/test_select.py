@@ -10,6 +10,7 @@ from raydet import SelectConfig, UserError, select
 from raydet.selection.near_duplicates import near_duplicates
 from raydet.selection.vectors import ImageColumn, ImageVectors
 from raydet.tables.kept.columns import KeptVectors
+from raydet.tables.kept.thumbnails import THUMBNAIL_FIELD
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
 from tests.json_output import check_result
@@ -175,6 +176,23 @@ def test_a_table_without_embeddings_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=reason):
             select(SelectConfig(**base, **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_thumbnails_are_compared_by_their_pixels_and_single_colours_are_alike(tmp_path: Path) -> None:
+    picture, other = np.random.default_rng(2).integers(20, 150, (2, 192))
+    flat = np.full(192, 7)
+    thumbnails = [picture, flat, other, 1.5 * picture + 20, flat + 200, None, flat]
+    schema = build_schema("detections", CATEGORIES, extra_fields=[THUMBNAIL_FIELD])
+    nothing: dict[str, Any] = {"bbox": [], "score": [], "category": []}
+    with TableWriter(str(tmp_path / "d"), schema, config_hash="0" * 12) as writer:
+        for number, pixels in enumerate(thumbnails):
+            about = {"image_id": number, "path": f"{number}.jpg", "width": 8, "height": 8, "detections": nothing}
+            thumbnail = None if pixels is None else np.minimum(pixels, 255).astype(np.uint8).tolist()
+            writer.write_rows([{**about, "error": "no image" if pixels is None else None, "thumbnail": thumbnail}])
+    result = select(SelectConfig(detections=str(tmp_path / "d"), near_duplicates=True, out=str(tmp_path / "out")))
+    found = rows_of(result.table, "near_duplicates")
+    assert [(row["image_id"], row["duplicate_of"]) for row in found] == [(3, 0), (4, 1), (6, 1)]
+    assert result.num_listed == 3
 
 
 def test_embeddings_have_no_default_limit(table: str, tmp_path: Path) -> None:
