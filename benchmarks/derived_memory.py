@@ -2,9 +2,9 @@
 
     python benchmarks/derived_memory.py [--images 10000 100000] [--quick]
 
-The detections are generated, three an image, with class scores and embeddings of 64 numbers. Each command runs in its
-own process; `peak MB` is the memory of its tree of processes, with shared pages counted once. The last line is one
-JSON object.
+The detections are generated, three an image, with class scores, embeddings of 64 numbers and thumbnails. Each command
+runs in its own process; `peak MB` is the memory of its tree of processes, with shared pages counted once. The last line
+is one JSON object.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import pyarrow as pa
 from PIL import Image
 
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, QUERIES_COLUMN, KeptVectors
+from raydet.tables.kept.thumbnails import THUMBNAIL_COLUMN, THUMBNAIL_FIELD, THUMBNAIL_TYPE
 from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE, build_schema
 from raydet.tables.table import TableWriter, open_table
 
@@ -40,8 +41,10 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     ),
     "select --by": ("select", "--detections", "{0}/kept", "--by", "uncertainty,rare,diversity", "--num", "100"),
     "select --similar-to": ("select", "--detections", "{0}/kept", "--similar-to", "1:0"),
-    "select --near-duplicates": (
-        *("select", "--detections", "{0}/kept", "--near-duplicates", "--min-similarity", "0.99"),
+    "select --near-duplicates": ("select", "--detections", "{0}/kept", "--near-duplicates"),
+    "the same by embeddings": (
+        *("select", "--detections", "{0}/kept", "--near-duplicates", "--compare", "embedding"),
+        *("--min-similarity", "0.99"),
     ),
 }
 
@@ -79,7 +82,7 @@ def _write(folder: Path, num_images: int) -> None:
         for batch in open_table(str(folder / "truth"), "images").iter_batches():
             writer.write(_with_pictures(batch, schema))
     kept = KeptVectors(class_scores="sigmoid", num_classes=NUM_CLASSES, dimension=DIMENSION)
-    schema = kept.schema(CATEGORIES, {})
+    schema = kept.schema(CATEGORIES, {}, [THUMBNAIL_FIELD])
     with TableWriter(str(folder / "kept"), schema, config_hash="generated") as writer:
         for batch in open_table(str(folder / "detections"), "detections").iter_batches():
             writer.write(_with_vectors(batch, schema))
@@ -125,6 +128,8 @@ def _with_vectors(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     fields = schema.field(QUERIES_COLUMN).type
     columns[QUERIES_COLUMN] = pa.StructArray.from_arrays([queries[field.name] for field in fields], fields=list(fields))
     columns[IMAGE_EMBEDDING_COLUMN] = vectors(batch.num_rows, DIMENSION)
+    pixels = pa.array(generator.integers(256, size=batch.num_rows * THUMBNAIL_TYPE.list_size, dtype=np.uint8))
+    columns[THUMBNAIL_COLUMN] = pa.FixedSizeListArray.from_arrays(pixels, THUMBNAIL_TYPE.list_size)
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
