@@ -13,6 +13,7 @@ on:
 - labels: the labelled images alone.
 - pseudo: these, and the unlabelled ones with the teacher's detections of at least 0.5 as labels.
 - soft: these, and the unlabelled ones with the teacher's stored boxes and class scores (`train --teacher`).
+- both: the labels of `pseudo`, and the stored boxes and scores too.
 
 AP is that of the last epoch on other images. Intervals are 95 % t intervals of the differences from `labels`, paired by
 seed: each seed draws other images and other weights of teacher and students. With `--out` an interrupted benchmark
@@ -53,7 +54,7 @@ else:  # a script imports its neighbours without the package name
     from fine_tune import interval
     from partial_labels import BATCH_SIZE, SIDE, shapes_training
 
-CONTESTANTS = ("labels", "pseudo", "soft")
+CONTESTANTS = ("labels", "pseudo", "soft", "both")
 PSEUDO_THRESHOLD = 0.5
 
 
@@ -79,8 +80,10 @@ def main() -> None:
         }
         for name, own in runs.items()
     }
-    differences = [soft - pseudo for soft, pseudo in zip(runs["soft"], runs["pseudo"], strict=True)]
-    summary["soft"]["minus_pseudo"] = interval(differences)
+    for name in ("soft", "both"):
+        summary[name]["minus_pseudo"] = interval(
+            [ours - its for ours, its in zip(runs[name], runs["pseudo"], strict=True)]
+        )
     for name, values in summary.items():
         print(f"{name:10}{values['mean']:8.4f}   minus labels: {values['minus_labels']}")
     print(json.dumps(summary))
@@ -176,8 +179,8 @@ def _write(uri: str, schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _student(name: str, data: Path, seed: int, options: argparse.Namespace) -> float:
-    further = {"labels": [], "pseudo": [str(data / "pseudo")], "soft": [str(data / "unlabelled")]}[name]
-    tables = [str(data / "few" / "train"), *further]
+    further = {"labels": [], "soft": ["unlabelled"]}.get(name, ["pseudo"])
+    tables = [str(data / "few" / "train"), *(str(data / table) for table in further)]
     config = _config(name, data, seed, options, tables, options.student, options.steps)
     return train(config).history[-1].value("AP") or 0.0
 
@@ -195,7 +198,7 @@ def _config(
         "seed": seed,
         "epochs": epochs,
         "threads_per_worker": options.threads,
-        "teacher": str(data / "detections") if name == "soft" else None,
+        "teacher": str(data / "detections") if name in ("soft", "both") else None,
     }
     if not options.config:
         return shapes_training(**values)

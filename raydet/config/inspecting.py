@@ -86,8 +86,8 @@ class SelectConfig:
     """A detections table → what to label next, images that are nearly the same, or what is similar to one of them."""
 
     detections: str = option(
-        "detections table; --near-duplicates needs thumbnails or embeddings, --similar-to and --by diversity need "
-        "embeddings, as written by predict with --keep thumbnail,embedding"
+        "detections table; --near-duplicates needs thumbnails (predict --keep thumbnail) or embeddings (--keep "
+        "embedding), --similar-to and --by diversity need embeddings"
     )
     out: str = option("folder to write: a table, and a list of images", operational=True)
     by: list[Criterion] = option(
@@ -99,8 +99,8 @@ class SelectConfig:
         "with --by disagreement: detections of another run in the same images", None, value="DETECTIONS"
     )
     labelled_data: str | None = option(
-        "with --by: images table of what is labelled already; its images are not chosen, nor, by diversity, similar "
-        "ones, and its classes are not rare",
+        "with --by: images table of what is labelled already; its images are not chosen, nor near-duplicates of them, "
+        "and its classes are not rare",
         None,
         value="DATA",
     )
@@ -117,8 +117,9 @@ class SelectConfig:
         None,
     )
     min_similarity: float | None = option(
-        "least similarity of two images, 1 if they are equal; for thumbnails 0.95 by default, for embeddings required "
-        "with --near-duplicates; with --by, images at least this similar to a labelled or chosen one are left out",
+        "similarity from which on two images are near-duplicates, 1 if they are equal; by default 0.95 for thumbnails; "
+        "for embeddings required with --near-duplicates; with --by, near-duplicates of labelled and chosen images are "
+        "left out; with --similar-to the least similarity of a result",
         None,
     )
     num: int = option("with --by and --similar-to: how many to find", 100)

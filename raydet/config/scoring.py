@@ -154,9 +154,9 @@ class PredictConfig(WorkersConfig):
     )
 
     keep: list[Keep] | None = option(
-        "what to store besides: for each query that has a detection class_scores (of all classes) or the embedding "
-        "(that of the decoder, and one of the image); for each image a thumbnail of 8 × 8 pixels, by which `select` "
-        "finds near-duplicates",
+        "what else to store, one or more of: class_scores (of all classes, for each query that has a detection), "
+        "embedding (the decoder's for each such query, and one of the image), thumbnail (the image at 8 × 8 pixels, by "
+        "which `select` finds near-duplicates)",
         None,
         group="Detections",
     )
@@ -313,7 +313,7 @@ class PredictConfig(WorkersConfig):
     @property
     def keeps_vectors(self) -> list[Keep]:
         """The vectors of queries that `keep` names."""
-        return [name for name in self.keep or () if name != "thumbnail"]
+        return [name for name in self.keep or () if name in ("class_scores", "embedding")]
 
     @property
     def data_uri(self) -> str:

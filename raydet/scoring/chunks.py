@@ -23,6 +23,7 @@ from raydet.scoring.kept import kept_columns, query_numbers
 from raydet.scoring.plan import COUNTS_KEY, ChunkStats, FileCounts, Work, part_name, table_uri
 from raydet.tables import storage
 from raydet.tables.kept.columns import QUERIES_COLUMN
+from raydet.tables.kept.thumbnails import THUMBNAIL_COLUMN
 from raydet.tables.layout import groups_of
 from raydet.tables.table import ROW_GROUP_BYTES
 
@@ -215,7 +216,9 @@ def _options_of(table: pa.Table) -> dict[str, Any]:
         return {"row_group_size": _MOST_ROWS_PER_GROUP}
     # Vectors are large and do not repeat.
     num_rows = max(1, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes))
-    return {"row_group_size": min(num_rows, _MOST_ROWS_PER_GROUP), "use_dictionary": False}
+    # Pixels have few values, and plain they would take four bytes each.
+    pixels = [f"{THUMBNAIL_COLUMN}.list.element"] if THUMBNAIL_COLUMN in table.schema.names else False
+    return {"row_group_size": min(num_rows, _MOST_ROWS_PER_GROUP), "use_dictionary": pixels}
 
 
 def _at_full_size(block: pa.Table, boxes_xywh: Any, counts: Any) -> Any:

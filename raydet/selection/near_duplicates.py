@@ -28,7 +28,7 @@ def near_duplicates(
     Every image is compared with all earlier ones, so the result does not depend on the size of the blocks.
 
     Args:
-        vectors: Embeddings of the images.
+        vectors: Vectors of the images.
         min_similarity: Least cosine similarity of a duplicate.
         rows_at_once: Images in a block.
         search: Comparison of a block with all earlier images; by default in this process.

@@ -37,7 +37,9 @@ from raydet.tables.kept.plain import plain_columns, plain_schema
 from raydet.tables.table import Table
 
 CANDIDATES_PER_IMAGE = 20
-"""Images with the highest ranks, for each image to choose, among which the different ones are looked for."""
+"""Images with the highest ranks, for each image to choose, among which the different ones are looked for first."""
+_MOST_CANDIDATES = 2**17
+"""If too few of them differ, more are looked at, up to about this many: their vectors take 100 MB and more."""
 _ROWS_AT_ONCE = 256
 _VECTORS_AT_ONCE = 1024
 
@@ -97,14 +99,31 @@ def next_images(
             start = stop
         if not scores.num_candidates:
             raise UserError(f"{table.uri} has no image that could be read and is not labelled already")
-        factor = 1 if column is None else CANDIDATES_PER_IMAGE
-        ranked = scores.best(min(scores.num_candidates, factor * config.num))
-    if column is None:
-        return criteria.explained(ranked, None)
+        num_ranked = config.num if column is None else CANDIDATES_PER_IMAGE * config.num
+        ranked = scores.best(min(scores.num_candidates, num_ranked))
+        if column is None:
+            return criteria.explained(ranked, None)
+        chosen, similarity = _different(table, config, column, same, ranked, is_labelled)
+        most_ranked = min(scores.num_candidates, _MOST_CANDIDATES)
+        while len(chosen) < config.num and len(ranked.rows) < most_ranked:  # the others are near-duplicates
+            ranked = scores.best(min(most_ranked, 4 * len(ranked.rows)))
+            chosen, similarity = _different(table, config, column, same, ranked, is_labelled)
+    if same and not len(chosen):
+        raise UserError(
+            f"all of the {len(ranked.rows):,} images of {table.uri} with the highest ranks are near-duplicates of a "
+            f"labelled one, with a similarity of at least {same.min_similarity:g}; set a higher --min-similarity"
+        )
+    return criteria.explained(ranked.take(chosen), similarity)
+
+
+def _different(
+    table: Table, config: SelectConfig, column: ImageColumn, same: Sameness | None, ranked: Ranked, is_labelled: Flags
+) -> tuple[Integers, npt.NDArray[np.float32]]:
+    """Choose among ranked images those that differ, as `farthest_first` returns them."""
     among = twins = _neighbourhood(table, column, ranked.rows, is_labelled)
     if same is not None and same.column != column:
         twins = _neighbourhood(table, same.column, ranked.rows, is_labelled)
-    chosen, similarity = farthest_first(
+    return farthest_first(
         ranked.mean_ranks,
         among,
         num=config.num,
@@ -112,12 +131,6 @@ def next_images(
         twins=twins,
         max_similarity=np.inf if same is None else same.min_similarity,
     )
-    if same and not len(chosen):
-        raise UserError(
-            f"the {len(ranked.rows):,} images of {table.uri} with the highest ranks are all at least --min-similarity "
-            f"{same.min_similarity:g} similar to a labelled one; raise it"
-        )
-    return criteria.explained(ranked.take(chosen), similarity)
 
 
 def _labelled(table: Table, known: Table | None) -> tuple[Flags, Floats | None]:

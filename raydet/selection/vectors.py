@@ -23,6 +23,7 @@ Vectors = npt.NDArray[np.float32]
 
 SAME_PICTURE = 0.95
 """Similarity of two thumbnails from which on they show the same picture, by docs/benchmarks.md."""
+_ROUNDING = 1e-5
 
 
 def required_dimension(table: Table) -> int:
@@ -83,8 +84,8 @@ class ImageColumn:
         """
         if self.dtype is np.float16:
             return normalised(rows)
-        pixels = rows.reshape(len(rows), -1, THUMBNAIL_SHAPE[2]).astype(np.float32)
-        return normalised((pixels - pixels.mean(axis=1, keepdims=True) + 0.5).reshape(len(rows), -1))
+        pixels = rows.reshape(len(rows), self.dimension // THUMBNAIL_SHAPE[2], THUMBNAIL_SHAPE[2]).astype(np.float32)
+        return normalised((pixels - pixels.mean(axis=1, keepdims=True) + 0.5).reshape(rows.shape))
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Sameness:
         least = config.min_similarity
         if least is None and column == thumbnails:
             least = SAME_PICTURE
-        return None if least is None else cls(column, least)
+        # The product of two equal vectors may be a little below 1.
+        return None if least is None else cls(column, min(least, 1 - _ROUNDING))
 
 
 class ImageVectors:

@@ -6,7 +6,7 @@ This module does not import torch, so that input errors are reported within a se
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +25,7 @@ from raydet.common.packages import require_packages
 from raydet.common.ray_address import announce, is_connected, starts_cluster
 from raydet.common.signals import noting_stop_requests
 from raydet.config import OVERRIDABLE, ResolvedTrainConfig, TrainConfig, identity
-from raydet.config.fields import with_options
+from raydet.config.fields import flag, with_options
 from raydet.models.checkpoints import ADAPTER_FOLDER, STATES_FOLDER, Checkpoint, read_checkpoint
 from raydet.models.families import check_adaptable, family_of
 from raydet.models.recipes.facts import check_side
@@ -58,6 +58,8 @@ _SHOWN_FILE = "training_data.json"
 """File of the folder `log` with what an epoch shows of each table."""
 _SOURCES = "recipe"
 """Key of the run's record: where each value that a recipe may decide comes from."""
+_TABLES = "tables"
+"""Another: fingerprints of the images tables."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def _train_into(
             "classes": [item.name for item in classes],
             "overrides": overrides_to_json(overrides),
             _SOURCES: dict(resolved.sources),
+            _TABLES: _fingerprints(tables),
         }
         folder.begin(identity(config), folders=_FOLDERS, plan=plan)
         folder.write_bytes(dataclasses.replace(resolved, config=config).to_yaml().encode(), "config.yaml")
@@ -228,6 +231,9 @@ def _train_into(
         if newest is not None:
             place = f"step {newest[1]} of epoch {newest[0] + 1}" if newest[1] else f"epoch {newest[0]}"
             console.line(f"resuming after {place} of {config.epochs}")
+            for name in _rewritten(tables, record):
+                option = flag(f"{name}_data")
+                console.line(f"{option} has been written again since the run began, which goes on with the new images")
         else:
             for line in resolved.lines:
                 console.line(line)
@@ -303,6 +309,22 @@ def _begun(record: RunRecord | None) -> Begun:
     if record is None or record.command != "train":
         return {}
     return begun_values(record.identity, record.plan.get(_SOURCES, {}))
+
+
+def _fingerprints(tables: Mapping[str, Table | Mixture]) -> dict[str, list[str]]:
+    """Return the fingerprints of the images tables of each split, in their order."""
+    return {
+        name: [source.table.fingerprint for source in table.sources]
+        if isinstance(table, Mixture)
+        else [table.fingerprint]
+        for name, table in tables.items()
+    }
+
+
+def _rewritten(tables: Mapping[str, Table | Mixture], record: RunRecord | None) -> list[str]:
+    """Return the splits whose tables are others than when the recorded run last started."""
+    begun = {} if record is None else record.plan.get(_TABLES, {})
+    return [name for name, own in _fingerprints(tables).items() if begun.get(name, own) != own]
 
 
 def _reader(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from raydet import ExportLabelStudioConfig, SelectConfig, UserError, export_label_studio, select
+from raydet.selection import next_images
 from raydet.selection.criteria import disagreement, uncertainty_of
 from raydet.selection.farthest import Neighbourhood, farthest_first
 from raydet.selection.ranking import ImageScores
@@ -57,7 +58,7 @@ def write(
                         "queries": queries,
                         "image_embedding": None if number in unreadable else list(vector),
                         "error": "no image" if number in unreadable else None,
-                        **({"thumbnail": list(thumbnails[number])} if thumbnails else {}),
+                        **({"thumbnail": thumbnails[number]} if thumbnails else {}),
                     }
                 ]
             )
@@ -203,7 +204,9 @@ def test_different_images_are_chosen_and_planted_copies_are_not(tmp_path: Path) 
     assert [row["similarity"] for row in rows] == pytest.approx([np.cos(angles[3]), np.cos(angles[4])], abs=1e-2)
     assert rows[1]["reason"].startswith("unlike the others: 0.7")
     nothing = str(tmp_path / "nothing")
-    with pytest.raises(UserError, match="--min-similarity -1 similar to a labelled one; raise it"):
+    with pytest.raises(
+        UserError, match="near-duplicates of a labelled one, with a similarity of at least -1; set a higher"
+    ):
         select(dataclasses.replace(config, min_similarity=-1.0, out=nothing))
     with TableWriter(str(tmp_path / "images"), build_schema("images"), config_hash="0" * 12):
         pass
@@ -213,20 +216,29 @@ def test_different_images_are_chosen_and_planted_copies_are_not(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("by", [["uncertainty"], ["uncertainty", "diversity"]])
-def test_the_same_picture_is_not_chosen_twice_whatever_the_model_sees_in_it(tmp_path: Path, by: Any) -> None:
+def test_the_same_picture_is_not_chosen_twice_whatever_the_model_sees_in_it(
+    tmp_path: Path, by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each batch has one vector, and at first two candidates are looked at.
+    monkeypatch.setattr(next_images, "_VECTORS_AT_ONCE", 1)
+    monkeypatch.setattr(next_images, "CANDIDATES_PER_IMAGE", 1)
     first, second = np.random.default_rng(0).integers(40, 200, (2, 192), np.uint8)
-    # The last picture is the first one, brighter and with more contrast; to the model it is like the second.
-    pictures = [first, second, first * 1.1 + 15]
-    vectors = np.eye(2)[[0, 1, 1]]
-    images = [[single(0.5)], [single(0.8)], [single(0.6)]]
-    uri = write(tmp_path / "d", images, vectors, thumbnails=[picture.astype(np.uint8) for picture in pictures])
-    config = SelectConfig(detections=uri, by=by, num=3, out=str(tmp_path / "out"))
-    rows = rows_of(select(config).table, "to_label")
-    assert [row["image_id"] for row in rows] == [100, 101]
-    by_model = dataclasses.replace(config, compare="embedding", min_similarity=0.9, out=str(tmp_path / "by_model"))
-    assert [row["image_id"] for row in rows_of(select(by_model).table, "to_label")] == [100, 102]
-    neither = dataclasses.replace(config, compare="embedding", out=str(tmp_path / "neither"))
-    assert [row["image_id"] for row in rows_of(select(neither).table, "to_label")] == [100, 102, 101]
+    # The third picture is the first one, brighter and with more contrast; to the model it is like the second.
+    pictures = [first, second, first * 1.1 + 15, None]
+    thumbnails = [None if picture is None else picture.astype(np.uint8) for picture in pictures]
+    images = [[single(0.5)], [single(0.8)], [single(0.6)], []]
+    uri = write(tmp_path / "d", images, np.eye(2)[[0, 1, 1, 0]], thumbnails=thumbnails, unreadable=[3])
+    labelled = write_labels(tmp_path / "labels", paths=["photos/3.jpg"], classes=[0])
+    config = SelectConfig(detections=uri, by=by, num=2, labelled_data=labelled, out=str(tmp_path / "out"))
+
+    def chosen(name: str, **options: Any) -> list[int]:
+        changed = dataclasses.replace(config, out=str(tmp_path / name), **options)
+        return [row["image_id"] for row in rows_of(select(changed).table, "to_label")]
+
+    assert chosen("out") == [100, 101]
+    assert chosen("by_model", compare="embedding", min_similarity=0.9) == [100, 102]
+    assert chosen("nothing_left_out", compare="embedding", num=3) == [100, 102, 101]
+    assert chosen("equal_ones", min_similarity=1.0, num=3) == [100, 102, 101]
 
 
 def test_the_detections_of_the_chosen_images_go_to_a_labelling_tool(tmp_path: Path) -> None:

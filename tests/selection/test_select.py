@@ -193,6 +193,10 @@ def test_thumbnails_are_compared_by_their_pixels_and_single_colours_are_alike(tm
     found = rows_of(result.table, "near_duplicates")
     assert [(row["image_id"], row["duplicate_of"]) for row in found] == [(3, 0), (4, 1), (6, 1)]
     assert result.num_listed == 3
+    equal = SelectConfig(
+        detections=str(tmp_path / "d"), near_duplicates=True, min_similarity=1.0, out=str(tmp_path / "equal")
+    )
+    assert [row["image_id"] for row in rows_of(select(equal).table, "near_duplicates")] == [4, 6]
 
 
 def test_embeddings_have_no_default_limit(table: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from raydet import EvaluateConfig, PredictConfig, TrainConfig, UserError, evalua
 from raydet.models.loading import build_detector, load_detector
 from raydet.tables.schema import Category, build_schema
 from raydet.tables.table import TableWriter, open_table
-from tests.outcomes import weights_hash
+from tests.outcomes import RecordingConsole, weights_hash
 from tests.small_sets import tiny_training
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -49,9 +49,15 @@ def test_the_order_of_the_classes_changes_nothing(shapes: Path, tmp_path: Path) 
         assert one.validation is not None and another.validation is not None
         assert one.validation.ap_by_class == another.validation.ap_by_class
         assert one.validation.numbers == another.validation.numbers
+    write_with_classes(shapes / "val", tmp_path / "train", own)
+    console = RecordingConsole()
+    train(dataclasses.replace(other, epochs=3), console=console)
+    assert [line for line in console.lines if "written again" in line] == [
+        "--train-data has been written again since the run began, which goes on with the new images"
+    ]
     write_with_classes(shapes / "train", tmp_path / "train", [*own, "star"])
     with pytest.raises(UserError, match=r"classes of --train-data have changed.*star"):
-        train(dataclasses.replace(other, epochs=3))
+        train(dataclasses.replace(other, epochs=4))
 
 
 def test_a_validation_table_may_lack_classes_but_not_have_others(

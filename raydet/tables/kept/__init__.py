@@ -1,1 +1,1 @@
-"""Vectors that a scoring run keeps ↔ further columns of its detections table."""
+"""Vectors and thumbnails that a scoring run keeps ↔ further columns of its detections table."""
