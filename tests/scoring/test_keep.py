@@ -252,11 +252,6 @@ def test_what_merges_boxes_or_has_no_vectors_is_refused(options: dict[str, Any],
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_windows_keep_nothing() -> None:
-    with pytest.raises(UserError, match="--keep cannot be combined with --windowed"):
-        PredictConfig(checkpoint="c", data="d", out="o", keep=["thumbnail"], tile=64, windowed=True)
-
-
 def test_pictures_have_no_table_for_vectors(config: PredictConfig) -> None:
     picture = str(Path(config.data_uri) / "0.png")
     with pytest.raises(UserError, match="--keep cannot be combined with pictures"):

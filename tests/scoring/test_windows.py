@@ -192,7 +192,8 @@ def test_wrong_options_are_refused(config: PredictConfig, shapes: Path, capsys: 
         ({"fps": 2.0}, "--fps cannot be combined with --windowed"),
         ({"draw": 2}, "--draw cannot be combined with --windowed"),
         ({"data": ["a.tif", "b.tif"]}, "--windowed takes one place"),
-        ({"keep": ["class_scores"]}, "--tile, which merges boxes"),
+        ({"keep": ["class_scores"]}, "--keep cannot be combined with --windowed"),
+        ({"keep": ["thumbnail"]}, "--keep cannot be combined with --windowed"),
     ]:
         with pytest.raises(UserError, match=reason):
             dataclasses.replace(config, **options)  # type: ignore[arg-type]
