@@ -21,8 +21,8 @@ import pyarrow as pa
 from PIL import Image
 
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, QUERIES_COLUMN, KeptVectors
-from raydet.tables.kept.thumbnails import THUMBNAIL_COLUMN, THUMBNAIL_FIELD, THUMBNAIL_TYPE
-from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE, build_schema
+from raydet.tables.kept.thumbnails import THUMBNAIL_FIELD
+from raydet.tables.schema import IMAGE_TYPE, OBJECTS_TYPE, THUMBNAIL_COLUMN, THUMBNAIL_TYPE, build_schema
 from raydet.tables.table import TableWriter, open_table
 
 if TYPE_CHECKING:

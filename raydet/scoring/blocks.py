@@ -19,7 +19,7 @@ from raydet.images.collection import ImageRow
 from raydet.images.decode import DecodeError
 from raydet.models.geometry import BILINEAR, Image, PixelBuffer, ResizeRule, SizeHW, resized_planes
 from raydet.scoring.plan import ScoringPlan, Work
-from raydet.tables.kept.thumbnails import THUMBNAIL_COLUMN, THUMBNAIL_SHAPE, THUMBNAIL_TYPE
+from raydet.tables.schema import THUMBNAIL_COLUMN, THUMBNAIL_SHAPE, THUMBNAIL_TYPE
 
 MOST_BLOCK_BYTES = 32 * 2**20
 

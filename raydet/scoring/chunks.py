@@ -23,8 +23,8 @@ from raydet.scoring.kept import kept_columns, query_numbers
 from raydet.scoring.plan import COUNTS_KEY, ChunkStats, FileCounts, Work, part_name, table_uri
 from raydet.tables import storage
 from raydet.tables.kept.columns import QUERIES_COLUMN
-from raydet.tables.kept.thumbnails import THUMBNAIL_COLUMN
 from raydet.tables.layout import groups_of
+from raydet.tables.schema import THUMBNAIL_COLUMN
 from raydet.tables.table import ROW_GROUP_BYTES
 
 _MOST_ROWS_PER_GROUP = 2**14

@@ -15,7 +15,7 @@ from raydet.config import SelectConfig
 from raydet.config.inspecting import Compare
 from raydet.tables.columns import Integers, image_ids_in, numbers_of
 from raydet.tables.kept.columns import IMAGE_EMBEDDING_COLUMN, KeptVectors
-from raydet.tables.kept.thumbnails import THUMBNAIL_COLUMN, THUMBNAIL_SHAPE, THUMBNAIL_TYPE
+from raydet.tables.schema import THUMBNAIL_COLUMN, THUMBNAIL_SHAPE, THUMBNAIL_TYPE
 from raydet.tables.table import RowGroup, Table
 
 Vectors = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ from raydet.common.boxes import Boxes, as_boxes
 from raydet.common.errors import UserError, one_line
 from raydet.tables.columns import Floats, Integers, elements_of, image_ids_in, numbers_of
 from raydet.tables.kept.columns import KeptVectors, check_kept
-from raydet.tables.kept.thumbnails import check_thumbnail_type, check_thumbnails
+from raydet.tables.kept.thumbnails import check_thumbnails
 from raydet.tables.schema import LABELLED_COLUMN, MAX_IMAGE_ID, OPTIONAL_FIELDS, TableKind, declared_fields
 
 _ROWS_FOLDED = 256
@@ -49,7 +49,6 @@ def check_types(schema: pa.Schema, kind: TableKind, where: str) -> None:
             raise UserError(f"{where} is damaged: the column {name} has the type {found}, expected {expected}")
     if kind == "detections":
         KeptVectors.of_table(schema, where)
-        check_thumbnail_type(schema, where)
 
 
 def check_rows(rows: pa.RecordBatch | pa.Table, kind: TableKind, num_categories: int, where: str) -> None:

@@ -5,6 +5,7 @@ source's ids and names are stored in the schema's metadata.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,7 +89,14 @@ QUERIED_TYPE = pa.struct([*DETECTIONS_TYPE, ("query", pa.list_(pa.int64()))])
 
 LABELLED_COLUMN = "labelled_categories"
 """Optional column of an images table: the classes that an image is labelled for; null means all."""
-OPTIONAL_FIELDS: Mapping[TableKind, Mapping[str, pa.DataType]] = {"images": {LABELLED_COLUMN: pa.list_(pa.int64())}}
+THUMBNAIL_COLUMN = "thumbnail"
+THUMBNAIL_SHAPE = (8, 8, 3)
+THUMBNAIL_TYPE = pa.list_(pa.uint8(), math.prod(THUMBNAIL_SHAPE))
+"""Of an optional column of a detections table: red, green and blue of each pixel of a shrunk image, row by row."""
+OPTIONAL_FIELDS: Mapping[TableKind, Mapping[str, pa.DataType]] = {
+    "images": {LABELLED_COLUMN: pa.list_(pa.int64())},
+    "detections": {THUMBNAIL_COLUMN: THUMBNAIL_TYPE},
+}
 """Columns that a table may have, with a meaning for raydet."""
 
 _FIELDS: dict[TableKind, list[tuple[str, pa.DataType]]] = {
